@@ -119,16 +119,14 @@ def idx_set(images: bytes, labels: bytes) -> ImageSet:
 def cifar_set(batches: Sequence[bytes]) -> ImageSet:
     """A CIFAR-10-like set from binary batches."""
     images, labels = zip(*(sources.read_cifar_binary(batch) for batch in batches), strict=True)
-    return ImageSet(
-        torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    )
+    return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels).astype(np.int64)))
 
 
 def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """Cut a validation part off a training set: disjoint, seeded, and class-balanced if there are labels.
 
     Args:
-        fraction: share of the validation part, 0 <= fraction < 1; it gets round(fraction * N) images.
+        fraction: share of the validation part, 0 <= fraction < 1; it gets round(fraction * N) images, at least one.
     Returns: (training part, validation part), each in the original order. Fraction 0 gives an empty validation part.
     """
     if not 0 <= fraction < 1:
@@ -137,14 +135,12 @@ def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSe
     return data[train], data[held_out]
 
 
-def split_indices(
-    labels: torch.Tensor | None, n: int, fraction: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_indices(labels: torch.Tensor | None, n: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions, int64 and ascending, that `split` puts into either part of `n` images."""
     order, rank, count = _class_ranks(labels, n, seed)
     # Sorted by how far each image is through its own class, every prefix is class-balanced.
     balanced = order[torch.argsort((rank + 0.5) / count, stable=True)]
-    k = round(n * fraction)
+    k = max(round(n * fraction), 1 if fraction > 0 and n > 1 else 0)
     return balanced[k:].sort().values, balanced[:k].sort().values
 
 
@@ -169,9 +165,7 @@ def label_fraction(data: ImageSet, fraction: float, seed: int) -> ImageSet:
     return data[order[rank < (count * fraction + 0.5).floor().clamp(min=1)].sort().values]
 
 
-def _class_ranks(
-    labels: torch.Tensor | None, n: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A seeded shuffle, int64 (n,), and for each entry its rank within its class and its class's size, (n,)."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     if labels is None or n == 0:

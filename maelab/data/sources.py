@@ -323,7 +323,7 @@ def _say(text: str) -> None:
     print(f"maelab: {text}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------- from any layout to stored form
+# --------------------------------------------------------------------------------------- from any layout to stored form
 
 
 def _search(name: str, folder: Path, wanted: dict[str, str]) -> tuple[dict[str, bytes], list[str]]:
@@ -349,9 +349,7 @@ def _search(name: str, folder: Path, wanted: dict[str, str]) -> tuple[dict[str, 
     return found, problems
 
 
-def _places(
-    name: str, folder: Path, problems: list[str]
-) -> Iterator[tuple[Path, dict[str, Callable[[], bytes]]]]:
+def _places(name: str, folder: Path, problems: list[str]) -> Iterator[tuple[Path, dict[str, Callable[[], bytes]]]]:
     """(where, {file name: reader}) for every sub-folder and archive of `folder` in which the set may lie."""
     for sub in _SUBFOLDERS[name]:
         if (place := folder / sub).is_dir():
@@ -454,7 +452,7 @@ def cifar_binary(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Knows only what a CIFAR-10 batch consists of (a dict of lists, bytes and one array): nothing else can be called."""
+    """Knows only what a CIFAR-10 batch consists of, lists, bytes and one array: nothing else can be called."""
 
     def find_class(self, module: str, name: str) -> object:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
