@@ -102,7 +102,7 @@ def load(
 
 
 def _nearest(spec: str) -> str:
-    if Path(spec).expanduser().exists():
+    if spec and Path(spec).expanduser().exists():
         return f"for images of your own write 'folder:{spec}'."
     near = difflib.get_close_matches(spec.lower().replace("_", "-"), (*sources.NAMES, "folder:"), n=1, cutoff=0.4)
     if near:

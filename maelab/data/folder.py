@@ -59,7 +59,9 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
         than fits into memory).
     """
-    root = Path(spec.removeprefix("folder:")).expanduser()
+    if not (path := spec.removeprefix("folder:")):
+        raise UsageError("'folder:' names no folder; write folder:PATH.")
+    root = Path(path).expanduser()
     if in_chans not in (None, 1, 3):
         raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels.")
     if img_size is not None and min(img_size) < 1:

@@ -438,7 +438,7 @@ def read_idx(data: bytes) -> np.ndarray:
     header = 4 + 4 * ndim
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
     array = np.frombuffer(data, np.uint8)[header:]
-    if int(np.prod(shape, dtype=object)) != array.size:
+    if len(data) < header or int(np.prod(shape, dtype=object)) != array.size:
         raise RunError(f"IDX file says shape {shape} but holds {array.size} values.")
     return array.reshape(shape)
 
@@ -469,6 +469,8 @@ class _CifarUnpickler(pickle.Unpickler):
             return np.empty(0).__reduce__()[0]
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes at protocol 2
+            return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch contains")
 
 
