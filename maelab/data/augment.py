@@ -33,7 +33,7 @@ def augment(
         images: uint8 (N, C, H, W), the training set on the training device.
         index: int64 (B,), the global batch's positions in it.
         cfg: which variations; with all off the result is `scale(images[index])`.
-        generator: `step_generator(seed, step)`; advanced.
+        generator: `step_generator(seed, step)`, anew for each part; advanced by the parameters of the whole batch.
         rank, world: the part to make, see `rank_slice`.
 
     Returns:
@@ -89,7 +89,7 @@ def mix(
     Args:
         images: (b, C, H, W), part `rank` of `world` of the global batch.
         labels: int64 (b,).
-        generator: the step's generator; advanced, by the parameters of the global batch.
+        generator: the one that made the images; advanced by the parameters of the whole batch.
         mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off.
         label_smoothing: share of the target spread evenly over all classes.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from maelab.config import DataConfig
 from maelab.data import sources
 from maelab.errors import UsageError
 
@@ -176,3 +177,21 @@ def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.
     by_class = torch.argsort(shuffled, stable=True)
     rank[by_class] = torch.arange(n) - (sizes.cumsum(0) - sizes)[shuffled[by_class]]
     return order, rank, sizes[shuffled]
+
+
+def training_sets(data: Dataset, config: DataConfig, fraction: float = 1.0) -> tuple[ImageSet, ImageSet]:
+    """The training and validation parts that a run's config asks for.
+
+    Args:
+        data: the whole data set.
+        config: val_fraction, split_seed and limit are read.
+        fraction: share of the training labels to keep, class-balanced.
+    """
+    train, val = split(data.train, config.val_fraction, config.split_seed)
+    if fraction < 1:
+        train = label_fraction(train, fraction, config.split_seed)
+    if config.limit is not None:
+        train = limit(train, config.limit, config.split_seed)
+    if not len(train) or not len(val):
+        raise UsageError(f"{data.name} has too few images ({len(data.train)}) for --val-fraction {config.val_fraction}")
+    return train, val

@@ -1,0 +1,73 @@
+"""Moving encoder weights between models that differ in channels, patch grid or head."""
+
+from typing import Literal
+
+import torch
+
+from maelab.errors import UsageError
+from maelab.model import VisionTransformer, interpolate_pos_embed
+
+PATCH_WEIGHT = "patch_embed.proj.weight"
+
+
+def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Patch embedding (D, C, p, p) for another channel count: the mean over channels, repeated and divided by their
+    number, so that a grey image embeds as before. Nothing happens when the count fits."""
+    if weight.shape[1] == in_chans:
+        return weight
+    grey = weight.sum(dim=1, keepdim=True)  # what a grey image, equal in all channels, meets
+    return grey.repeat(1, in_chans, 1, 1) / in_chans
+
+
+def load_encoder(
+    model: VisionTransformer,
+    source: VisionTransformer,
+    *,
+    patch_embed: Literal["inflate", "reinit"] = "inflate",
+    pos_embed: Literal["interpolate", "reinit"] = "interpolate",
+) -> list[str]:
+    """Copy the encoder of `source` (a masked autoencoder or a classifier) into `model`, in place.
+
+    Embedding, class token, blocks and, where both have one, the final norm are copied; head and decoder are not.
+
+    Args:
+        model: what to load into; it keeps its own initialisation where nothing fits.
+        source: where from.
+        patch_embed: when the channels differ, 'inflate' (see `adapt_channels`) or keep the new initialisation.
+        pos_embed: when the grid differs, 'interpolate' or keep the new initialisation.
+
+    Returns:
+        What had to be adapted, one phrase each.
+
+    Raises:
+        UsageError: if width, depth or patch size differ.
+    """
+    for name, ours, theirs in (
+        ("embed_dim", model.embed_dim, source.embed_dim),
+        ("depth", len(model.blocks), len(source.blocks)),
+        ("patch_size", model.patch_size, source.patch_size),
+    ):
+        if ours != theirs:
+            raise UsageError(f"the initial weights have {name} {theirs}, the new model {ours}; they must be equal")
+    adapted = []
+    own, given = model.state_dict(), source.state_dict()
+    for key in own:
+        if key.startswith(("head.", "fc_norm.")) or key not in given:
+            continue
+        value = given[key]
+        if key == PATCH_WEIGHT and source.in_chans != model.in_chans:
+            adapted.append(f"patch embedding {source.in_chans} -> {model.in_chans} channels: {patch_embed}")
+            value = adapt_channels(value, model.in_chans) if patch_embed == "inflate" else own[key]
+        if key == "pos_embed":
+            new, old = model.num_prefix_tokens, source.num_prefix_tokens
+            if source.grid_size != model.grid_size:
+                shapes = "x".join(map(str, source.grid_size)) + " -> " + "x".join(map(str, model.grid_size))
+                adapted.append(f"position embedding {shapes}: {pos_embed}")
+                if pos_embed == "reinit":
+                    continue
+            grid = interpolate_pos_embed(value[:, old:], source.grid_size, model.grid_size, prefix_tokens=0)
+            prefix = value[:, :old] if old == new else own[key][:, :new]
+            value = torch.cat([prefix, grid], dim=1)
+        own[key] = value
+    model.load_state_dict(own)
+    return adapted
