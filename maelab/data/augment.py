@@ -163,10 +163,10 @@ def _warp(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Resample bilinearly, uint8 (b, C, H, W). `matrix` (b, 2, 3) takes a pixel of the result, (x, y, 1) in pixels
     from the centre, to where in `x` to read it. Reads beyond the outer edges give black, as in Pillow."""
     H, W = x.shape[-2:]
-    size = torch.tensor([W, H], device=x.device)
     column = torch.arange(W, device=x.device) - (W - 1) / 2
     row = torch.arange(H, device=x.device) - (H - 1) / 2
-    m = (matrix * (2 / size)[:, None])[:, None, None]  # (b, 1, 1, 2, 3), in grid_sample's units
+    # In grid_sample's units, the half sides; (b, 1, 1, 2, 3). A tensor made of (W, H) here would wait for a GPU.
+    m = torch.stack([matrix[:, 0] * (2 / W), matrix[:, 1] * (2 / H)], dim=1)[:, None, None]
     grid = m[..., 0] * column[:, None] + (m[..., 1] * row[:, None, None] + m[..., 2])  # (b, H, W, 2)
     read = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1).all(-1)[:, None]
