@@ -92,19 +92,23 @@ def masked_mse(model: MaskedAutoencoderViT, data: ImageSet, mask_ratio: float, s
 @torch.no_grad()
 def reconstruct_images(
     model: MaskedAutoencoderViT, images: torch.Tensor, mask_ratio: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Hide patches of images (B, C, H, W) in [-1, 1] and rebuild them.
 
     Returns:
-        masked: the images with grey in the hidden places; rebuilt: the originals with the predictions pasted into
-        the hidden places, since the loss never trained the visible ones. Both (B, C, H, W).
+        masked: the images with grey in the hidden places, (B, C, H, W).
+        rebuilt: the originals with the predictions pasted into the hidden places, since the loss never trained the
+            visible ones, (B, C, H, W); see `denormalise`.
+        masked_mse: over the hidden pixels of these images.
     """
     noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(seed))
     _, pred, mask = model.eval()(images, mask_ratio, noise.to(images.device))
     patches, hidden = patchify(images, model.patch_size), mask.unsqueeze(-1)
-    rebuilt = patches * (1 - hidden) + denormalise(model, pred, patches).clamp(-1, 1) * hidden
+    pred = denormalise(model, pred, patches)
+    error = float(((pred - patches).square().mean(dim=-1) * mask).sum() / mask.sum())
+    rebuilt = patches * (1 - hidden) + pred.clamp(-1, 1) * hidden
     masked, rebuilt = (unpatchify(x, model.patch_size, model.grid_size) for x in (patches * (1 - hidden), rebuilt))
-    return masked, rebuilt
+    return masked, rebuilt, error
 
 
 @torch.no_grad()
@@ -116,5 +120,5 @@ def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tenso
 
 def classification_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy (a fraction) and cross-entropy of probabilities (N, classes) against labels (N,)."""
-    right = (probabilities.argmax(dim=1) == labels).float().mean()
-    return {"accuracy": float(right), "loss": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels))}
+    right = int((probabilities.argmax(dim=1) == labels).sum())
+    return {"accuracy": right / len(labels), "loss": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels))}

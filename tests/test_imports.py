@@ -17,8 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "model"),
     ("recipes", "data", "weights"),
     ("training", "inference", "figures"),
-    ("pretrain", "finetune", "probe"),
-    ("evaluate", "reconstruct", "predict"),
+    ("tasks",),
     ("sweep", "report", "demo", "export", "bench"),
     ("__init__",),
     ("cli",),
@@ -165,7 +164,7 @@ def tree(sources: dict[str, str]) -> Files:
     [
         ({"errors": "import maelab.config"}, "maelab.errors:1 imports maelab.config: errors may import only"),
         ({"config": "from maelab import recipes", "recipes": ""}, "config may import only what lies below"),
-        ({"pretrain": "def f():\n    from maelab.probe import g"}, "maelab.pretrain:2 imports maelab.probe"),
+        ({"figures": "def f():\n    from maelab.inference import g"}, "maelab.figures:2 imports maelab.inference"),
         ({"data.images": "from ..training import loop", "training.loop": ""}, "imports maelab.training.loop"),
         ({"data.": "from .. import sweep", "sweep": ""}, "maelab.data:1 imports maelab.sweep"),
         ({"data": "from maelab import VisionTransformer"}, "maelab.data:1 imports maelab: data may"),
@@ -193,7 +192,7 @@ def test_each_rule_can_fail(sources, message):
 @pytest.mark.parametrize(
     "sources",
     [
-        {"pretrain": "from maelab.training.loop import run\nfrom maelab import config", "config": "import json"},
+        {"tasks": "from maelab.training.loop import run\nfrom maelab import config", "config": "import json"},
         {"model.mae": "from maelab.model.vit import Block\nimport torch.nn\nimport math\nimport maelab.native"},
         {"training.parallel": "import lightning_fabric"},
         {"training": "import maelab\nfrom maelab import __version__\nprint(maelab.__file__)"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from maelab.config import DataConfig
 from maelab.data import sources
@@ -78,8 +79,9 @@ def load(
     Args:
         spec: "mnist", "fashion-mnist", "cifar10" or "folder:PATH".
         data_dir: folder that already holds the files of a built-in set (nothing is downloaded then).
-        img_size, in_chans: (height, width) and channels (1 or 3) for the images of a folder, see
-            `maelab.data.folder.load_folder`; built-in sets keep their own, 28 x 28 x 1 and 32 x 32 x 3.
+        img_size: (height, width) to bring the images to; None keeps a built-in set's own (28 x 28, 32 x 32), or for a
+            folder what `maelab.data.folder.load_folder` finds.
+        in_chans: channels (1 or 3) for the images of a folder; built-in sets keep their own.
     Raises: UsageError (unknown spec, unusable folder), RunError (no source delivered, too large for memory).
     """
     if spec.startswith("folder:"):
@@ -88,6 +90,20 @@ def load(
         return load_folder(spec, img_size=img_size, in_chans=in_chans)
     if spec not in sources.NAMES:
         raise UsageError(f"Unknown data set {spec!r}: {_nearest(spec)}")
+    data = _load_built_in(spec, data_dir)
+    if img_size is None or img_size == tuple(data.train.images.shape[2:]):
+        return data
+    assert data.test is not None
+    return replace(data, train=_resized(data.train, img_size), test=_resized(data.test, img_size))
+
+
+def _resized(data: ImageSet, size: tuple[int, int]) -> ImageSet:
+    """All images scaled to `size`, bicubic and antialiased; in chunks, since it takes float32 in between."""
+    chunks = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in data.images.split(1000))
+    return ImageSet(torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in chunks]), data.labels)
+
+
+def _load_built_in(spec: str, data_dir: Path | None) -> Dataset:
     files = sources.read(spec, data_dir)
     checksums = dict(sources.FILES[spec])
     if spec == "cifar10":

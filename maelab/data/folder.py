@@ -186,12 +186,8 @@ def _each(
     def attempt(file: _File) -> tuple[_Result | None, str]:
         try:
             return work(file.path), ""
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            return None, f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels"
-        except Image.UnidentifiedImageError:
-            return None, "empty" if file.path.stat().st_size == 0 else f"not a {', '.join(_FORMATS)} image"
         except Exception as error:  # decoders raise anything on damaged bytes, and one file must not end the run
-            return None, str(error) or type(error).__name__
+            return None, _reason(error, file.path)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # of decoders, about odd metadata
@@ -201,6 +197,30 @@ def _each(
                 skipped.append(f"{file.path.relative_to(root)} ({reason})")
             else:
                 yield file, result
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why an image could not be decoded."""
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "empty" if path.stat().st_size == 0 else f"not a {', '.join(_FORMATS)} image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """One image file, prepared as those of a folder are: uint8 (1, channels, *size).
+
+    Raises:
+        UsageError: if it cannot be decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return torch.from_numpy(_decode(path, size, channels).copy())[None]
+        except Exception as error:
+            raise UsageError(f"cannot read the image {path}: {_reason(error, path)}") from error
 
 
 def _read_header(path: Path) -> _Header:

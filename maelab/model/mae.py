@@ -113,8 +113,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         else:
             noise = torch.rand(B, L, device=imgs.device) if noise is None else noise.reshape(B, L)
             len_keep = int(L * (1 - mask_ratio))
-        if not 0 < len_keep < L:
-            raise ValueError(f"of {L} patches {len_keep} would stay visible; at least one must, and one must be hidden")
+        if len_keep < 1:
+            raise ValueError(f"a mask ratio of {mask_ratio} leaves none of the {L} patches visible")
         return *shuffle_ids(noise), len_keep
 
     def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
@@ -184,6 +184,8 @@ class MaskedAutoencoderViT(VisionTransformer):
             loss (scalar), pred (B, L, p * p * C), mask (B, L) with 1 = hidden.
         """
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise, mask)
+        if latent.shape[1] == self.num_prefix_tokens + self.num_patches:
+            raise ValueError("no patch is hidden, so there is nothing to predict; see forward_encoder")
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
@@ -196,6 +198,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         last. Nothing is moved back, and the last block, the norm and the prediction run on the hidden tokens alone.
         """
         ids_shuffle, _, len_keep = self._ids(imgs, mask_ratio, noise, None)
+        if len_keep == self.num_patches:
+            raise ValueError(f"a mask ratio of {mask_ratio} hides none of the {len_keep} patches")
         patches = self.to_patches(imgs)  # (B, L, p * p * C)
         latent = self.encode(patches, ids_shuffle[:, :len_keep])
 

@@ -145,8 +145,10 @@ def pretrain(
         }
         if engine.is_global_zero:
             shown = scale(val_set.images[:PICTURED])
-            masked, rebuilt = reconstruct_images(model, shown, config.mask_ratio, config.seed)
-            figures.reconstructions(folder / "figures" / "reconstructions.png", [("", shown, masked, rebuilt)])
+            masked, rebuilt, _ = reconstruct_images(model, shown, config.mask_ratio, config.seed)
+            figures.reconstructions(
+                folder / "figures" / "reconstructions.png", [("", shown.cpu(), masked.cpu(), rebuilt.cpu())]
+            )
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
             write_json(folder / "result.json", result)
         return folder, result

@@ -9,12 +9,12 @@ from torch import nn
 
 from maelab import figures
 from maelab.config import ProbeConfig, RunOptions
-from maelab.data import load, training_sets
+from maelab.data import training_sets
 from maelab.data.batches import batch_index, rank_slice
 from maelab.errors import UsageError
 from maelab.inference import classification_scores, extract_features, knn_accuracy
 from maelab.model import VisionTransformer
-from maelab.training.checkpoint import ModelSpec, load_model, write_json
+from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model, write_json
 from maelab.training.loop import Task, train
 from maelab.training.parallel import describe, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
@@ -44,17 +44,13 @@ def probe(
     assert isinstance(model, VisionTransformer)
     if config.pool == "token" and not model.num_prefix_tokens:
         raise UsageError(f"{config.init} has no class token; use --pool avg")
-    name = encoder.data if config.data == "same" else config.data
-    data = load(name, data_dir=options.data_dir, img_size=model.img_size, in_chans=model.in_chans)
+    data = load_matching_data(encoder, None if config.data == "same" else config.data, options.data_dir)
     if data.train.labels is None or data.test is None:
-        raise UsageError(f"{name} has no labels to probe with")
-    if data.train.images.shape[1:] != (model.in_chans, *model.img_size):
-        shapes = ["x".join(map(str, s)) for s in (data.train.images.shape[1:], (model.in_chans, *model.img_size))]
-        raise UsageError(f"{name} has images of {shapes[0]}, {config.init} was trained on {shapes[1]}")
+        raise UsageError(f"{data.name} has no labels to probe with")
     with open_run(engine, "probe", recipe, config, options, data.checksums) as folder:
         parts = {"train": training_sets(data, config, config.label_fraction)[0]}
         parts |= {"val": training_sets(data, config)[1], "test": data.test}
-        say(f"probe {config.init} on {name}: {len(parts['train'])} images; {describe(engine)}; {folder}")
+        say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {describe(engine)}; {folder}")
         model.to(engine.device)
         with engine.autocast():
             features = {k: extract_features(model, v.to(engine.device), config.pool) for k, v in parts.items()}
@@ -65,8 +61,8 @@ def probe(
             return knn_accuracy(features["train"], labels["train"], features[part], labels[part], config.neighbours)
 
         torch.manual_seed(config.seed)
-        classes = len(data.class_names)
-        linear = nn.Linear(model.embed_dim, classes)
+        arguments: dict[str, Any] = {"in_features": model.embed_dim, "out_features": len(data.class_names)}
+        linear = nn.Linear(**arguments)
         nn.init.zeros_(linear.weight)
 
         def logits(linear: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -82,7 +78,7 @@ def probe(
 
         task = Task(
             model=linear,
-            spec=ModelSpec("Linear", {"in_features": model.embed_dim, "out_features": classes}, name, data.class_names),
+            spec=ModelSpec("Linear", arguments, data.name, data.class_names),
             items=len(parts["train"]),
             step_loss=step_loss,
             validate=lambda linear, epoch: scores(linear, "val"),
@@ -95,7 +91,7 @@ def probe(
             val = {"knn_accuracy": neighbours("val"), **outcome.val}
         result = {
             "task": "probe",
-            "data": name,
+            "data": data.name,
             "init": config.init,
             "seed": config.seed,
             "epochs": outcome.epochs,

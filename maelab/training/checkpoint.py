@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from maelab.data import Dataset, load
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 
@@ -109,6 +110,23 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
     except (ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise RunError(f"{file} is damaged or does not fit its config.json: {str(error).splitlines()[0]}") from error
     return model.eval(), spec
+
+
+def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None) -> Dataset:
+    """The data set `name` (None: the one the model was trained on), checked to fit the model.
+
+    Raises:
+        UsageError: if image size, channels or number of classes do not fit.
+    """
+    channels = spec.arguments["in_chans"]
+    data = load(name or spec.data, data_dir=data_dir, img_size=tuple(spec.arguments["img_size"]), in_chans=channels)
+    if data.train.images.shape[1] != channels:
+        raise UsageError(
+            f"{data.name} has images with {data.train.images.shape[1]} channels; the model was trained with {channels}"
+        )
+    if spec.class_names and data.class_names and len(data.class_names) != len(spec.class_names):
+        raise UsageError(f"{data.name} has {len(data.class_names)} classes; the model knows {len(spec.class_names)}")
+    return data
 
 
 def save_training(file: Path, state: dict[str, Any]) -> None:

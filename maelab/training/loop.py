@@ -21,7 +21,7 @@ from torch import nn
 
 from maelab.config import LoopConfig
 from maelab.data.batches import part_seed, steps_per_epoch
-from maelab.errors import RunError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError
 from maelab.training.checkpoint import ModelSpec, load_training, save_model, save_training
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
 from maelab.training.parallel import Engine
@@ -30,8 +30,10 @@ from maelab.training.runlog import RunLog
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
 
 
-class Interrupted(Exception):
+class Interrupted(MaelabError):
     """The run was asked to stop, and has saved: the same command goes on."""
+
+    exit_status = 130
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ class RunLog:
             self._file.truncate(length)
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
-        self._bar = Progress(*columns, console=console, transient=True, disable=folder is None)
+        silent = folder is None or not console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True, disable=silent)
         self._total = self._bar.add_task("starting", total=total_steps)
         self._bar.start()
 
