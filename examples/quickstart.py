@@ -24,18 +24,19 @@ def main() -> int:
         config = replace(recipes.finetune_mnist(), init=str(MAE))
         maelab.finetune(config, options=maelab.RunOptions(out=CLASSIFIER), recipe="mnist")
     mae, classifier = (json.loads((run / "result.json").read_text()) for run in (MAE, CLASSIFIER))
+    error, trivial = mae["val"]["masked_mse"], mae["mean_predictor_loss"]
+    test, val = classifier["test"]["accuracy"], classifier["val"]["accuracy"]
     print(f"""
-Pretrained on {mae["data"]} in {mae["train_time_s"]:.0f} s: rebuilds the {mae["mask_ratio"]:.0%} of patches it cannot see
-with a mean squared error of {mae["val"]["masked_mse"]:.4f} on validation (mean predictor {mae["mean_predictor_loss"]:.4f}).
-Fine-tuned in {classifier["train_time_s"]:.0f} s: test accuracy {classifier["test"]["accuracy"]:.2%} \
-({classifier["val"]["accuracy"]:.2%} on validation).
+Pretrained in {mae["train_time_s"]:.0f} s: rebuilds the {mae["mask_ratio"]:.0%} of patches that it cannot see with a
+mean squared error of {error:.4f} on validation, where predicting the mean image gives {trivial:.4f}.
+Fine-tuned in {classifier["train_time_s"]:.0f} s: test accuracy {test:.2%} (validation {val:.2%}).
 
   reconstructions  {MAE}/figures/reconstructions.png
   predictions      {CLASSIFIER}/figures/predictions.png
   curves           {CLASSIFIER}/figures/curves.png
   model            {CLASSIFIER}/checkpoints/best
 
-This call took {time.perf_counter() - begun:.0f} s. Next: maelab --help""")
+This call took {time.perf_counter() - begun:.0f} s. Next: .venv/bin/maelab --help""")
     return 0
 
 

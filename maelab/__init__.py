@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from maelab.config import RunOptions as RunOptions
     from maelab.data import Dataset as Dataset
     from maelab.data import ImageSet as ImageSet
-    from maelab.data import load as load_data
+    from maelab.data import load as load_data  # noqa: F401
     from maelab.errors import MaelabError as MaelabError
     from maelab.inference import class_probabilities as class_probabilities
     from maelab.inference import extract_features as extract_features

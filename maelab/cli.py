@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 
@@ -24,7 +24,6 @@ from maelab import recipes
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import MaelabError, UsageError
 
-T = TypeVar("T")
 Positional = tyro.conf.Positional
 
 
@@ -38,9 +37,9 @@ class Output:
     """show the traceback of an error"""
 
 
-def _parse(kind: Callable[..., T], arguments: list[str], command: str, default: T | None = None) -> T:
+def _parse(kind: Any, arguments: list[str], command: str, default: Any = tyro.MISSING_NONPROP) -> Any:
     """Flags to a dataclass; what is wrong becomes one line that names the nearest right flag."""
-    known = {"--help"} | _flags(kind)  # type: ignore[arg-type]
+    known = {"--help"} | _flags(kind)
     for argument in arguments:
         name = argument.split("=")[0].replace("_", "-")
         if argument.startswith("--") and name not in known:
@@ -48,11 +47,10 @@ def _parse(kind: Callable[..., T], arguments: list[str], command: str, default: 
             hint = f"did you mean {near[0]}?" if near else f"see maelab {command} --help"
             raise UsageError(f"unknown flag {name}; {hint}")
     said = io.StringIO()
-    start = tyro.MISSING_NONPROP if default is None else default
     marks = (tyro.conf.OmitArgPrefixes,)
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=f"maelab {command}", args=arguments, default=start, config=marks)
+            return tyro.cli(kind, prog=f"maelab {command}", args=arguments, default=default, config=marks)
     except SystemExit as stop:
         if stop.code == 0:
             raise
@@ -63,11 +61,11 @@ def _parse(kind: Callable[..., T], arguments: list[str], command: str, default: 
         raise UsageError(f"{text.rstrip('.')}; see maelab {command} --help") from None
 
 
-def _flags(kind: type) -> set[str]:
+def _flags(kind: Any) -> set[str]:
     flags = set()
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(f.type):
-            flags |= _flags(f.type)  # type: ignore[arg-type]
+            flags |= _flags(f.type)
         else:
             name = f.name.replace("_", "-")
             flags |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
