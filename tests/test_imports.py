@@ -128,6 +128,8 @@ def violations(files: Files) -> list[str]:
                     problems.append(f"{place} imports {target}, which is not in the table: add {there!r} to LAYERS")
                 elif here != there and LAYER[there] >= LAYER[here] and (here, there) not in SIBLINGS:
                     problems.append(f"{place} imports {target}: {here} may import only what lies below it in LAYERS")
+                elif here == "tasks" and target.startswith("maelab.tasks.") and not target.startswith(name):
+                    problems.append(f"{place} imports {target}: a task imports no other")
                 elif here == "model" and there not in ("model", "native"):
                     problems.append(f"{place} imports {target}: model imports only torch and the standard library")
             elif here == "model" and top != "torch" and top not in sys.stdlib_module_names:
@@ -169,14 +171,15 @@ def tree(sources: dict[str, str]) -> Files:
         ({"data.": "from .. import sweep", "sweep": ""}, "maelab.data:1 imports maelab.sweep"),
         ({"data": "from maelab import VisionTransformer"}, "maelab.data:1 imports maelab: data may"),
         ({"data": "import maelab\nmaelab.VisionTransformer"}, "maelab.data:1 imports maelab: data may"),
-        ({"evaluate": "from maelab.cli import main"}, "evaluate may import only"),
+        ({"tasks.probe": "from maelab.cli import main"}, "tasks may import only"),
+        ({"tasks.probe": "from maelab.tasks.pretrain import f", "tasks.pretrain": ""}, "a task imports no other"),
         ({"model.vit": "from maelab.errors import RunError"}, "model imports only torch"),
         ({"model.vit": "import numpy as np"}, "model imports only torch"),
         ({"data": "import lightning_fabric"}, "only maelab.training.parallel may"),
         ({"training.loop": "def f():\n    from lightning.fabric import Fabric"}, "only maelab.training.parallel"),
         ({"report.page": "def f():\n    import torch"}, "report needs no torch"),
         ({"recipes": "import torch.nn"}, "recipes needs no torch"),
-        ({"report.": "from maelab.predict import f", "predict": "import torch"}, "report loads torch, by"),
+        ({"report.": "from maelab.figures import f", "figures": "import torch"}, "report loads torch, by"),
         ({"cli": "import numpy as np"}, "inside the command"),
         ({"cli": "try:\n    from PIL import Image\nexcept ImportError:\n    pass"}, "inside the command"),
         ({"cli": "from maelab.data.images import f", "data.images": "import numpy"}, "cli loads numpy"),
