@@ -6,13 +6,27 @@ import torch
 
 from maelab.errors import UsageError
 from maelab.model import VisionTransformer, interpolate_pos_embed
+from maelab.model.vit import Block
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
 
 
+def _shape(model: VisionTransformer) -> dict[str, int]:
+    """What two encoders must share for the weights of one to mean the same in the other."""
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    return {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "MLP width": block.mlp.fc1.out_features,
+        "patch_size": model.patch_size,
+    }
+
+
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Patch embedding (D, C, p, p) for another channel count: the mean over channels, repeated and divided by their
-    number, so that a grey image embeds as before. Nothing happens when the count fits."""
+    """Patch embedding (D, C, p, p) for another channel count: the sum over channels, spread evenly over the new
+    ones, so that a grey image embeds as before. Nothing happens when the count fits."""
     if weight.shape[1] == in_chans:
         return weight
     grey = weight.sum(dim=1, keepdim=True)  # what a grey image, equal in all channels, meets
@@ -40,24 +54,26 @@ def load_encoder(
         What had to be adapted, one phrase each.
 
     Raises:
-        UsageError: if width, depth or patch size differ.
+        UsageError: if width, depth, heads, MLP width or patch size differ.
     """
-    for name, ours, theirs in (
-        ("embed_dim", model.embed_dim, source.embed_dim),
-        ("depth", len(model.blocks), len(source.blocks)),
-        ("patch_size", model.patch_size, source.patch_size),
-    ):
-        if ours != theirs:
-            raise UsageError(f"the initial weights have {name} {theirs}, the new model {ours}; they must be equal")
+    given_shape = _shape(source)
+    for name, ours in _shape(model).items():
+        if ours != given_shape[name]:
+            raise UsageError(
+                f"the initial weights have {name} {given_shape[name]}, the new model {ours}; they must be equal"
+            )
     adapted = []
     own, given = model.state_dict(), source.state_dict()
     for key in own:
         if key.startswith(("head.", "fc_norm.")) or key not in given:
             continue
         value = given[key]
-        if key == PATCH_WEIGHT and source.in_chans != model.in_chans:
-            adapted.append(f"patch embedding {source.in_chans} -> {model.in_chans} channels: {patch_embed}")
-            value = adapt_channels(value, model.in_chans) if patch_embed == "inflate" else own[key]
+        if key.startswith("patch_embed.") and source.in_chans != model.in_chans:
+            if key == PATCH_WEIGHT:
+                adapted.append(f"patch embedding {source.in_chans} -> {model.in_chans} channels: {patch_embed}")
+                value = adapt_channels(value, model.in_chans)
+            if patch_embed == "reinit":
+                continue
         if key == "pos_embed":
             new, old = model.num_prefix_tokens, source.num_prefix_tokens
             if source.grid_size != model.grid_size:
