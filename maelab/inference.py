@@ -43,7 +43,7 @@ def knn_accuracy(
     section 3.4).
 
     Args:
-        features: (N, D) with labels (N,).
+        features: (N, D), float32, with labels (N,).
         queries: (M, D) with query_labels (M,).
         k: neighbours; at most N are used.
     """
@@ -52,7 +52,8 @@ def knn_accuracy(
     classes = int(torch.cat([labels, query_labels]).max()) + 1
     right = 0
     for chunk, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarity, nearest = (chunk @ features.T).float().topk(min(k, len(features)), dim=1)  # (m, k)
+        with torch.autocast(chunk.device.type, enabled=False):  # 8 bits of bf16 cannot tell near neighbours apart
+            similarity, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
         right += int((votes.argmax(dim=1) == truth).sum())
