@@ -15,6 +15,8 @@ from maelab.errors import UsageError
 Engine = Fabric
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it repeats what `describe` says
+# The gradient of a patch embedding of one channel has a dimension of size 1, whose stride means nothing.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 
 def choose_precision(wanted: str, device: str) -> str:
