@@ -20,17 +20,27 @@ def _idx(part: str) -> ImageSet:
     return idx_set(*((DATA / f"mnist-{part}-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")))
 
 
+def read_mnist_small() -> Dataset:
+    """600 training and 200 test images of MNIST, balanced: uint8 (N, 1, 28, 28)."""
+    return Dataset("mnist", _idx("train"), _idx("t10k"), tuple("0123456789"), {})
+
+
+def read_cifar_small() -> Dataset:
+    """300 training and 100 test images of CIFAR-10, balanced: uint8 (N, 3, 32, 32)."""
+    train, test = (cifar_set([gzip.decompress((DATA / f"cifar10-{p}.bin.gz").read_bytes())]) for p in ("train", "test"))
+    return Dataset("cifar10", train, test, CIFAR10_CLASSES, {})
+
+
 @pytest.fixture(scope="session")
 def mnist_small() -> Dataset:
     """600 training and 200 test images of MNIST, balanced: uint8 (N, 1, 28, 28). Do not write into the tensors."""
-    return Dataset("mnist", _idx("train"), _idx("t10k"), tuple("0123456789"), {})
+    return read_mnist_small()
 
 
 @pytest.fixture(scope="session")
 def cifar_small() -> Dataset:
     """300 training and 100 test images of CIFAR-10, balanced: uint8 (N, 3, 32, 32). Do not write into the tensors."""
-    train, test = (cifar_set([gzip.decompress((DATA / f"cifar10-{p}.bin.gz").read_bytes())]) for p in ("train", "test"))
-    return Dataset("cifar10", train, test, CIFAR10_CLASSES, {})
+    return read_cifar_small()
 
 
 def write_folder(folder: Path, data: ImageSet, class_names: tuple[str, ...], n: int) -> Path:
