@@ -8,10 +8,25 @@ from torch import nn
 
 from maelab.data import ImageSet
 from maelab.data.batches import eval_batches
+from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
 from maelab.model.mae import NORM_PIX_EPS
 
 EVAL_BATCH = 512
+
+
+def check_masking(num_patches: int, mask_ratio: float) -> None:
+    """Refuse a ratio that would hide every patch or none.
+
+    Raises:
+        UsageError: if it does.
+    """
+    if not 0 < mask_ratio < 1:
+        raise UsageError(f"--mask-ratio must lie between 0 and 1, got {mask_ratio}")
+    kept = int(num_patches * (1 - mask_ratio))
+    if not 0 < kept < num_patches:
+        what = "no patch to see" if kept == 0 else "no patch hidden"
+        raise UsageError(f"--mask-ratio {mask_ratio} leaves {what}: the image has {num_patches} patches")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -26,7 +26,15 @@ ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", 
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
-    """The config with the encoder's shape taken from the initial weights."""
+    """The config with the encoder's shape taken from the initial weights.
+
+    Raises:
+        UsageError: if there is no encoder in them.
+    """
+    if not set(ENCODER_FIELDS) <= init.arguments.keys():
+        raise UsageError(
+            f"--init {config.init} is a {init.model} and has no encoder; name a pretraining or fine-tuning run"
+        )
     return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS})
 
 
@@ -43,7 +51,7 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     _, in_chans, height, width = data.train.images.shape
     if height % config.patch_size or width % config.patch_size:
         raise UsageError(
-            f"patch size {config.patch_size} does not divide the image size {height}x{width};"
+            f"--patch-size {config.patch_size} does not divide the image size {height}x{width};"
             " give another --img-size or --patch-size"
         )
     arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}

@@ -12,6 +12,7 @@ from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import (
+    check_masking,
     count_parameters,
     extract_features,
     knn_accuracy,
@@ -26,14 +27,6 @@ from maelab.training.runlog import open_run, read_metrics, say
 
 KNN_IMAGES = 10_000  # k-NN during training compares with so many training images at most
 PICTURED = 8
-
-
-def check_masking(num_patches: int, mask_ratio: float) -> None:
-    """Refuse a ratio that would hide every patch or none."""
-    kept = int(num_patches * (1 - mask_ratio))
-    if not 0 < kept < num_patches:
-        what = "no patch to see" if kept == 0 else "no patch hidden"
-        raise UsageError(f"--mask-ratio {mask_ratio} leaves {what}: the image has {num_patches} patches")
 
 
 def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:

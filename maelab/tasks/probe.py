@@ -40,8 +40,9 @@ def probe(
     """
     options = options or RunOptions()
     model, encoder = load_model(config.init)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{config.init} is a linear probe; name the run that it judged")
     engine = start_engine(options, config.precision)
-    assert isinstance(model, VisionTransformer)
     if config.pool == "token" and not model.num_prefix_tokens:
         raise UsageError(f"{config.init} has no class token; use --pool avg")
     data = load_matching_data(encoder, None if config.data == "same" else config.data, options.data_dir)
