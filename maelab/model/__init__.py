@@ -1,8 +1,8 @@
-"""The networks, written from the paper (He et al. 2021, arXiv 2111.06377). Imports torch only; reads and writes nothing."""
+"""The networks, written from the paper (He et al. 2021, arXiv 2111.06377); imports torch only."""
 
-from maelab.model.mae import MaskedAutoencoderViT, patchify, random_masking, unpatchify
+from maelab.model.mae import MaskedAutoencoderViT, random_masking, unpatchify
 from maelab.model.pos_embed import interpolate_pos_embed, sincos_pos_embed
-from maelab.model.vit import VisionTransformer
+from maelab.model.vit import VisionTransformer, patchify
 
 __all__ = [
     "MaskedAutoencoderViT",

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from maelab.model.vit import LAYER_NORM_EPS, Block, VisionTransformer, patchify
+from maelab.model.vit import LAYER_NORM_EPS, Block, VisionTransformer
 
 NORM_PIX_EPS = 1e-6
 
@@ -106,13 +106,16 @@ class MaskedAutoencoderViT(VisionTransformer):
         """ids_shuffle, ids_restore (B, L) and len_keep, from the caller's mask or from noise."""
         B, L = imgs.shape[0], self.num_patches
         if mask is not None:
-            hidden = mask.reshape(B, L).sum(dim=1)
+            hidden = mask.reshape(B, L).bool().sum(dim=1)
             if not bool((hidden == hidden[0]).all()):
                 raise ValueError("all masks of a batch must hide the same number of patches")
-            return *shuffle_ids(mask.reshape(B, L)), L - int(hidden[0])
-        if noise is None:
-            noise = torch.rand(B, L, device=imgs.device)
-        return *shuffle_ids(noise), int(L * (1 - mask_ratio))
+            noise, len_keep = mask.reshape(B, L).bool().to(torch.uint8), L - int(hidden[0])
+        else:
+            noise = torch.rand(B, L, device=imgs.device) if noise is None else noise.reshape(B, L)
+            len_keep = int(L * (1 - mask_ratio))
+        if len_keep < 1:
+            raise ValueError(f"a mask ratio of {mask_ratio} leaves none of the {L} patches visible")
+        return *shuffle_ids(noise), len_keep
 
     def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """All patches (B, L, p * p * C) and the places to show (B, len_keep) -> latent (B, prefix + len_keep, D)."""
@@ -134,7 +137,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             latent (B, prefix + len_keep, D), mask (B, L) with 1 = hidden, ids_restore (B, L).
         """
         ids_shuffle, ids_restore, len_keep = self._ids(imgs, mask_ratio, noise, mask)
-        latent = self.encode(patchify(imgs, self.patch_size), ids_shuffle[:, :len_keep])
+        latent = self.encode(self.to_patches(imgs), ids_shuffle[:, :len_keep])
         return latent, (ids_restore >= len_keep).float(), ids_restore
 
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
@@ -158,11 +161,11 @@ class MaskedAutoencoderViT(VisionTransformer):
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the hidden patches: imgs (B, C, H, W), pred (B, L, p * p * C), mask (B, L)."""
-        target = self.target(patchify(imgs, self.patch_size))
+        target = self.target(self.to_patches(imgs))
         loss = (pred.float() - target).square().mean(dim=-1)  # (B, L)
         return (loss * mask).sum() / mask.sum()
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         imgs: torch.Tensor,
         mask_ratio: float = 0.75,
@@ -181,17 +184,23 @@ class MaskedAutoencoderViT(VisionTransformer):
             loss (scalar), pred (B, L, p * p * C), mask (B, L) with 1 = hidden.
         """
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise, mask)
+        if latent.shape[1] == self.num_prefix_tokens + self.num_patches:
+            raise ValueError("no patch is hidden, so there is nothing to predict; see forward_encoder")
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
-    def training_loss(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+    def training_loss(
+        self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The loss of `forward`, computing only what it reads.
 
         Self-attention does not mind the order of tokens, so the decoder keeps them shuffled: visible first, hidden
         last. Nothing is moved back, and the last block, the norm and the prediction run on the hidden tokens alone.
         """
         ids_shuffle, _, len_keep = self._ids(imgs, mask_ratio, noise, None)
-        patches = patchify(imgs, self.patch_size)  # (B, L, p * p * C)
+        if len_keep == self.num_patches:
+            raise ValueError(f"a mask ratio of {mask_ratio} hides none of the {len_keep} patches")
+        patches = self.to_patches(imgs)  # (B, L, p * p * C)
         latent = self.encode(patches, ids_shuffle[:, :len_keep])
 
         prefix, hidden = self.num_prefix_tokens, self.num_patches - len_keep

@@ -170,6 +170,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"patch_size {patch_size} does not divide the image size {height}x{width}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         if global_pool == "token" and num_classes and not class_token:
             raise ValueError("global_pool='token' needs class_token=True")
         self.img_size = (height, width)
@@ -218,6 +220,17 @@ class VisionTransformer(nn.Module):
         """Names of parameters that weight decay leaves alone beside norms and biases."""
         return {"pos_embed", "cls_token"}
 
+    def to_patches(self, imgs: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> patches (B, L, p * p * C).
+
+        Raises:
+            ValueError: if channels, height or width are not the model's.
+        """
+        expected = (self.in_chans, *self.img_size)
+        if tuple(imgs.shape[1:]) != expected:
+            raise ValueError(f"images of shape {tuple(imgs.shape[1:])} (C, H, W) for a model of {expected}")
+        return patchify(imgs, self.patch_size)
+
     def embed(self, patches: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
         """Embed patches, add positions and put the class token first.
 
@@ -239,7 +252,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1] -> tokens (B, prefix + L, D), unmasked; after `norm` unless it is replaced
         by `fc_norm`."""
-        x = self.embed(patchify(imgs, self.patch_size))
+        x = self.embed(self.to_patches(imgs))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

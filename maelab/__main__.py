@@ -1,0 +1,3 @@
+from maelab.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,347 @@
+"""The command line: a table from command to function. Heavy imports happen inside a command, so that help is fast.
+
+People read stderr; programs read stdout, which carries one JSON object with --json and the main result without.
+Exit status: 0 done, 1 the work failed, 2 bad usage, 130 interrupted after saving.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from maelab import recipes
+from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
+from maelab.errors import MaelabError, UsageError
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to print."""
+
+    json: bool = False
+    """print the result as one JSON object on stdout"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def _parse(kind: Any, arguments: list[str], command: str, default: Any = tyro.MISSING_NONPROP) -> Any:
+    """Flags to a dataclass; what is wrong becomes one line that names the nearest right flag."""
+    known = {"--help"} | _flags(kind)
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if argument.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"see maelab {command} --help"
+            raise UsageError(f"unknown flag {name}; {hint}")
+    said = io.StringIO()
+    marks = (tyro.conf.OmitArgPrefixes,)
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=f"maelab {command}", args=arguments, default=default, config=marks)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        text = re.sub(r"[╭╮╰╯│─]+", " ", said.getvalue().split("Argument helptext")[0].split("For full help")[0])
+        text = re.sub(r"\s+", " ", text).strip()
+        for heading in ("Value error", "Invalid choice", "Missing argument", "Unrecognized options"):
+            text = text.removeprefix(heading).strip()
+        raise UsageError(f"{text.rstrip('.')}; see maelab {command} --help") from None
+
+
+def _flags(kind: Any) -> set[str]:
+    flags = set()
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.type):
+            flags |= _flags(f.type)
+        else:
+            name = f.name.replace("_", "-")
+            flags |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
+    return flags
+
+
+def _print(output: Output, result: dict[str, Any], text: str) -> None:
+    print(json.dumps(result) if output.json else text)
+
+
+def _with_recipe(task: str, arguments: list[str]) -> tuple[str, Any]:
+    """Recipe name and its config, from the first argument."""
+    if not arguments or arguments[0].startswith("-"):
+        if "--help" in arguments or "-h" in arguments:
+            print(f"usage: maelab {task} RECIPE [flags]; recipes: {', '.join(recipes.names(task))}\n")
+            return "RECIPE", recipes.get(task, "mnist")
+        raise UsageError(f"maelab {task} needs a recipe: {', '.join(recipes.names(task))}")
+    return arguments[0], recipes.get(task, arguments[0])
+
+
+def data(arguments: list[str]) -> None:
+    """download and verify data sets: mnist, fashion-mnist, cifar10"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        names: Positional[tuple[str, ...]]
+        """data sets"""
+        data_dir: Path | None = None
+        """folder that holds the files already; they are only verified"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "data")
+    from maelab.data import NAMES, obtain
+
+    if not args.names:
+        raise UsageError(f"maelab data needs a name: {', '.join(NAMES)}")
+    places = {name: str(obtain(name, args.data_dir)) for name in args.names}
+    _print(args.output, {"data": places}, "\n".join(f"{name}: verified, in {place}" for name, place in places.items()))
+
+
+def pretrain(arguments: list[str]) -> None:
+    """pretrain a masked autoencoder: maelab pretrain RECIPE"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: PretrainConfig
+        options: RunOptions = field(default_factory=RunOptions)
+        output: Output = field(default_factory=Output)
+
+    recipe, config = _with_recipe("pretrain", arguments)
+    args = _parse(Arguments, arguments[recipe != "RECIPE" :], f"pretrain {recipe}", Arguments(config))
+    from maelab.tasks.pretrain import pretrain
+
+    folder, result = pretrain(args.config, options=args.options, recipe=recipe)
+    val, trivial = result["val"], result["mean_predictor_loss"]
+    text = f"masked MSE {val['masked_mse']:.4f} on validation (loss {val['loss']:.4f}, mean predictor {trivial:.4f})"
+    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+
+
+def finetune(arguments: list[str]) -> None:
+    """train a classifier: maelab finetune RECIPE --init RUN|none"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: FinetuneConfig
+        options: RunOptions = field(default_factory=RunOptions)
+        output: Output = field(default_factory=Output)
+
+    recipe, config = _with_recipe("finetune", arguments)
+    args = _parse(Arguments, arguments[recipe != "RECIPE" :], f"finetune {recipe}", Arguments(config))
+    from maelab.tasks.finetune import finetune, with_encoder_of
+    from maelab.training.checkpoint import read_spec
+
+    if args.config.init != "none":
+        fitting = with_encoder_of(args.config, read_spec(args.config.init))
+        for f in dataclasses.fields(fitting):
+            given, needed = getattr(args.config, f.name), getattr(fitting, f.name)
+            flag = f"--{f.name.replace('_', '-')}"
+            if given != needed and any(a.replace("no-", "").startswith(flag) for a in arguments):
+                raise UsageError(f"{flag} {given} does not fit --init {args.config.init}, which has {needed}")
+    folder, result = finetune(args.config, options=args.options, recipe=recipe)
+    test, val = result["test"]["accuracy"], result["val"]["accuracy"]
+    text = f"test accuracy {test:.4f} (validation {val:.4f}, best epoch {result['best_epoch']} of {result['epochs']})"
+    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+
+
+def probe(arguments: list[str]) -> None:
+    """judge frozen features by k-NN and a linear classifier: maelab probe RUN"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: ProbeConfig
+        options: RunOptions = field(default_factory=RunOptions)
+        output: Output = field(default_factory=Output)
+
+    run, rest = ("RUN", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    if run == "RUN" and "--help" not in arguments and "-h" not in arguments:
+        raise UsageError("maelab probe needs a run folder: maelab probe RUN")
+    args = _parse(Arguments, rest, "probe RUN", Arguments(ProbeConfig(init=run)))
+    from maelab.tasks.probe import probe
+
+    folder, result = probe(args.config, options=args.options, recipe=Path(run).name)
+    test, val = result["test"], result["val"]
+    text = "\n".join(
+        f"{name} accuracy {test[key]:.4f} on test, {val[key]:.4f} on validation"
+        for name, key in (("k-NN", "knn_accuracy"), ("linear", "accuracy"))
+    )
+    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """measure a finished run on its test or validation images: maelab evaluate RUN"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint"""
+        data: str | None = None
+        """data set; None is the one it was trained on"""
+        split: Literal["test", "val"] = "test"
+        """which images"""
+        mask_ratio: float | None = None
+        """share of patches to hide from an autoencoder; None is that of its training"""
+        options: RunOptions = field(default_factory=RunOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "evaluate")
+    from maelab.tasks.evaluate import evaluate
+    from maelab.training.runlog import read_json
+
+    result = evaluate(
+        args.run,
+        data=args.data,
+        split=args.split,
+        mask_ratio=args.mask_ratio,
+        run_config=read_json(args.run / "config.json"),
+        options=args.options,
+    )
+    where = f"on {result['images']} {args.split} images of {result['data']}"
+    if "accuracy" in result:
+        lines = [f"accuracy {result['accuracy']:.4f}, loss {result['loss']:.4f} {where}"]
+        lines += [f"  {name}: {share:.4f}" for name, share in result["per_class"].items()]
+    else:
+        lines = [f"masked MSE {result['masked_mse']:.4f} with {result['mask_ratio']:.0%} hidden {where}"]
+    _print(args.output, result, "\n".join(lines))
+
+
+def reconstruct(arguments: list[str]) -> None:
+    """draw original, masked and rebuilt images: maelab reconstruct RUN [IMAGE...]"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint of a masked autoencoder"""
+        images: Positional[tuple[Path, ...]] = ()
+        """image files; none takes test images of the data it was trained on"""
+        mask_ratio: tuple[float, ...] = ()
+        """one group of rows for each; none is the ratio of training"""
+        count: int = 8
+        """how many images of the data set"""
+        seed: int = 0
+        """chooses images and masks"""
+        out: Path = Path("reconstruction.png")
+        """picture to write"""
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+        """where to compute"""
+        data_dir: Path | None = None
+        """folder that holds the data set's files already"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "reconstruct")
+    from maelab.tasks.reconstruct import reconstruct
+
+    result = reconstruct(
+        args.run,
+        args.images,
+        mask_ratios=args.mask_ratio or None,
+        count=args.count,
+        seed=args.seed,
+        out=args.out,
+        options=RunOptions(device=args.device, data_dir=args.data_dir),
+    )
+    lines = [f"masked MSE {error:.4f} with {ratio:.0%} hidden" for ratio, error in result["masked_mse"].items()]
+    _print(args.output, result, "\n".join([*lines, result["out"]]))
+
+
+def info(arguments: list[str]) -> None:
+    """say what a run folder holds: maelab info RUN"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "info")
+    from maelab.training.checkpoint import read_spec
+    from maelab.training.runlog import is_complete, read_json, read_metrics
+
+    config, result = read_json(args.run / "config.json"), read_json(args.run / "result.json")
+    metrics = read_metrics(args.run)
+    summary: dict[str, Any] = {"run": str(args.run), "complete": is_complete(args.run)}
+    if "task" in config and not metrics:
+        summary |= {"config": config, "epochs_done": 0}
+    else:
+        spec = read_spec(args.run)
+        summary |= {"model": spec.model, "arguments": spec.arguments, "class_names": spec.class_names}
+        summary |= {"config": config, "epochs_done": max((row["epoch"] for row in metrics), default=0)}
+        summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(args.run / "env.json")}
+    state = "complete" if summary["complete"] else f"unfinished, {summary['epochs_done']} epochs done"
+    lines = [f"{args.run}: {config.get('task', 'checkpoint')} {config.get('recipe', '')} ({state})"]
+    for title in ("arguments", "config", "result"):
+        values = summary.get(title) or {}
+        lines += [f"{title}:"] + [f"  {key} = {value}" for key, value in values.items()] if values else []
+    _print(args.output, summary, "\n".join(lines))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "data": data,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "probe": probe,
+    "evaluate": evaluate,
+    "reconstruct": reconstruct,
+    "info": info,
+}
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        import maelab
+
+        rows = "\n".join(f"  {name:12s} {function.__doc__}" for name, function in COMMANDS.items())
+        print(f"{maelab.__doc__}\n\nusage: maelab COMMAND ...; maelab COMMAND --help says more\n\n{rows}")
+    elif command == "--version":
+        import maelab
+
+        print(maelab.__version__)
+    elif command in COMMANDS:
+        COMMANDS[command](arguments[1:])
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        raise UsageError(f"there is no command {command!r}; {hint}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # of --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:  # the reader of stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except Exception as error:
+        message, status = _explain(error)
+        if "--debug" in arguments:
+            traceback.print_exc()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"maelab: {message}", file=sys.stderr)
+    return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and an exit status for an error."""
+    if isinstance(error, MaelabError):
+        return str(error), error.exit_status
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}", 1
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1

@@ -1,0 +1,287 @@
+"""What a command does, as frozen dataclasses: a field exists only if it is read, and is validated on construction.
+
+Each dataclass is flat, so that every field is a flag: `mask_ratio` is `--mask-ratio`, and the text under it its help.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from maelab.errors import UsageError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _at_least(config: object, low: float, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value is None or value >= low, f"{_flag(field)} must be at least {low:g}, got {value}")
+
+
+def _share(config: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(0 <= value <= 1, f"{_flag(field)} must lie between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    def __post_init__(self) -> None:
+        """End of the chain of validations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Config):
+    """Which images a run sees."""
+
+    data: str
+    """mnist, fashion-mnist, cifar10, or folder:PATH"""
+    val_fraction: float = 0.05
+    """share of the training images held out for validation"""
+    split_seed: int = 0
+    """seed of that split, apart from --seed so that runs with other seeds share their validation images"""
+    limit: int | None = None
+    """train on the first so many images of a seeded shuffle (quick tries)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "limit")
+        _at_least(self, 0, "split_seed")
+        _require(0 < self.val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {self.val_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(_Config):
+    """What the training loop reads."""
+
+    seed: int = 0
+    """seed of initialisation, order, augmentation and masks"""
+    epochs: int = 10
+    """passes over the training images"""
+    batch_size: int = 256
+    """images per optimizer step, over all processes and accumulated parts"""
+    accumulate: int = 1
+    """compute each batch in so many parts, to save memory"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
+    blr: float = 1e-3
+    """AdamW's base learning rate: the rate is blr * batch_size / 256"""
+    muon_lr: float = 0.02
+    """Muon's learning rate"""
+    weight_decay: float = 0.05
+    """decoupled weight decay, not on norms, biases and embeddings"""
+    beta2: float = 0.95
+    """AdamW's second beta"""
+    warmup_epochs: float = 1.0
+    """linear warm-up; a cosine to zero follows"""
+    clip_grad: float = 0.0
+    """clip the gradient's norm; 0 is off"""
+    ema_decay: float = 0.0
+    """average the weights with this decay and use the average; 0 is off"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic of the matrix products; auto takes bf16 where the hardware has units for it"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "epochs", "batch_size", "accumulate")
+        _at_least(self, 0, "seed", "blr", "muon_lr", "weight_decay", "warmup_epochs", "clip_grad")
+        _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
+        _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(_Config):
+    """Shape of the encoder."""
+
+    img_size: tuple[int, int] | None = None
+    """height and width to train at; None keeps the data's own"""
+    patch_size: int = 4
+    """side of a patch, pixels"""
+    embed_dim: int = 192
+    """width of the encoder"""
+    depth: int = 12
+    """blocks of the encoder"""
+    num_heads: int = 3
+    """attention heads of the encoder"""
+    mlp_ratio: float = 4.0
+    """hidden width of the MLPs over the width"""
+    class_token: bool = True
+    """have a class token"""
+    learned_pos_embed: bool = False
+    """learn the position embedding, instead of the fixed sine-cosine one"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "patch_size", "embed_dim", "depth", "num_heads")
+        _require(self.mlp_ratio > 0, f"--mlp-ratio must be above 0, got {self.mlp_ratio}")
+        _require(self.img_size is None or min(self.img_size) > 0, f"--img-size must be positive, got {self.img_size}")
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            f"--num-heads {self.num_heads} does not divide --embed-dim {self.embed_dim}",
+        )
+        _require(
+            self.embed_dim % 4 == 0, f"--embed-dim must be a multiple of 4 (position embedding), got {self.embed_dim}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment(_Config):
+    """How training images are varied; all off by default."""
+
+    crop_padding: int = 0
+    """pad by so many black pixels on each side and crop back at random"""
+    crop_scale: float = 1.0
+    """random resized crop: the smallest share of the area to keep; 1 is off"""
+    flip: bool = False
+    """mirror left and right at random"""
+    affine_degrees: float = 0.0
+    """rotate by up to so many degrees"""
+    affine_scale: float = 0.0
+    """zoom by up to this share, in or out"""
+    affine_shear: float = 0.0
+    """shear by up to so many degrees"""
+    affine_translate: float = 0.0
+    """shift by up to this share of the width and height"""
+    color_jitter: float = 0.0
+    """vary brightness, contrast and saturation by up to this share"""
+    rand_augment_ops: int = 0
+    """RandAugment (arXiv 1909.13719): operations per image; 0 is off"""
+    rand_augment_magnitude: float = 9.0
+    """RandAugment: strength of each operation, 0 to 10"""
+    random_erasing: float = 0.0
+    """erase a random rectangle with this probability (arXiv 1708.04896)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "crop_padding", "affine_degrees", "affine_scale", "affine_shear", "affine_translate")
+        _at_least(self, 0, "color_jitter", "rand_augment_ops", "rand_augment_magnitude")
+        _share(self, "crop_scale", "random_erasing")
+        _require(self.crop_scale > 0, "--crop-scale must be above 0")
+        _require(self.affine_scale < 1, f"--affine-scale must be below 1, got {self.affine_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
+    """Pretrain a masked autoencoder on images; labels are not read."""
+
+    mask_ratio: float = 0.75
+    """share of the patches to hide"""
+    norm_pix_loss: bool = False
+    """predict each patch normalised by its own mean and variance"""
+    decoder_embed_dim: int = 192
+    """width of the decoder"""
+    decoder_depth: int = 4
+    """blocks of the decoder"""
+    decoder_num_heads: int = 3
+    """attention heads of the decoder"""
+    knn_every: int = 0
+    """follow k-NN accuracy on validation every so many epochs, where there are labels; 0 is off"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 < self.mask_ratio < 1, f"--mask-ratio must lie between 0 and 1, got {self.mask_ratio}")
+        _at_least(self, 1, "decoder_embed_dim", "decoder_num_heads")
+        _at_least(self, 0, "decoder_depth", "knn_every")
+        _require(
+            self.decoder_embed_dim % self.decoder_num_heads == 0,
+            f"--decoder-num-heads {self.decoder_num_heads} does not divide"
+            f" --decoder-embed-dim {self.decoder_embed_dim}",
+        )
+        _require(
+            self.decoder_embed_dim % 4 == 0,
+            f"--decoder-embed-dim must be a multiple of 4 (position embedding), got {self.decoder_embed_dim}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
+    """Train a classifier, from a pretrained encoder or from scratch."""
+
+    init: str = "none"
+    """run folder or checkpoint whose encoder to start from; none starts from scratch"""
+    adapt_patch_embed: Literal["inflate", "reinit"] = "inflate"
+    """when the channels differ from --init: repeat or average the patch embedding's weights, or start it anew"""
+    adapt_pos_embed: Literal["interpolate", "reinit"] = "interpolate"
+    """when the grid of patches differs from --init: resample the position embedding, or start it anew"""
+    label_fraction: float = 1.0
+    """train on a seeded, class-balanced share of the labelled images"""
+    global_pool: Literal["token", "avg"] = "avg"
+    """classify from the class token, or from the mean of the patch tokens"""
+    layer_decay: float = 1.0
+    """multiply the learning rate by this for each layer below the head"""
+    drop_path: float = 0.0
+    """stochastic depth: rate of the last block"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+    mixup: float = 0.0
+    """mixup (arXiv 1710.09412): alpha of the beta distribution; 0 is off"""
+    cutmix: float = 0.0
+    """cutmix (arXiv 1905.04899): alpha of the beta distribution; 0 is off"""
+    patience: int = 0
+    """stop when validation accuracy has not risen for so many epochs; 0 never stops early"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _share(self, "label_fraction", "layer_decay", "label_smoothing")
+        _require(self.label_fraction > 0, "--label-fraction must be above 0")
+        _require(self.layer_decay > 0, "--layer-decay must be above 0")
+        _require(0 <= self.drop_path < 1, f"--drop-path must lie in [0, 1), got {self.drop_path}")
+        _at_least(self, 0, "mixup", "cutmix", "patience")
+        _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(LoopConfig, DataConfig):
+    """Judge a frozen encoder: k-nearest neighbours and a linear classifier on its features."""
+
+    init: str
+    """run folder or checkpoint to judge"""
+    data: str = "same"
+    """data set to probe on; same is the one that --init was trained on"""
+    label_fraction: float = 1.0
+    """use a seeded, class-balanced share of the labelled training images"""
+    pool: Literal["token", "avg"] = "avg"
+    """features: the class token, or the mean of the patch tokens"""
+    neighbours: int = 20
+    """k of k-NN"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "neighbours")
+        _share(self, "label_fraction")
+        _require(self.label_fraction > 0, "--label-fraction must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(_Config):
+    """Where a run happens and is kept. None of it changes what is computed, up to rounding."""
+
+    out: Path | None = None
+    """run folder; None takes the next free runs/TASK-RECIPE-N, or goes on with the last one if it is unfinished"""
+    overwrite: bool = False
+    """replace what is in the run folder"""
+    data_dir: Path | None = None
+    """folder that holds the data set's files already"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to compute"""
+    devices: int = 1
+    """processes, one device each"""
+    num_nodes: int = 1
+    """machines"""
+    threads: int | None = None
+    """CPU threads; None takes one per core"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "devices", "num_nodes", "threads")

@@ -1,0 +1,213 @@
+"""Whole data sets in memory as uint8 tensors, and the seeded ways to cut them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from maelab.config import DataConfig
+from maelab.data import sources
+from maelab.errors import UsageError
+
+_DIGITS = tuple("0123456789")
+_FASHION = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their labels.
+
+    Args:
+        images: uint8 (N, C, H, W), contiguous.
+        labels: int64 (N,), or None where there are no labels.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: torch.Tensor) -> ImageSet:
+        """The subset at the positions `index`, int64 (n,), in that order."""
+        return ImageSet(self.images[index], None if self.labels is None else self.labels[index])
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with its test part.
+
+    Args:
+        name: the spec it was loaded by: "mnist", "fashion-mnist", "cifar10" or "folder:PATH".
+        train: all training images; a validation part is cut from it with `split`.
+        test: None for a folder without classes.
+        class_names: by label; () without labels.
+        checksums: file or array name -> MD5.
+        skipped: images that could not be decoded, each "PATH (reason)".
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet | None
+    class_names: tuple[str, ...]
+    checksums: dict[str, str]
+    skipped: tuple[str, ...] = ()
+
+
+def load(
+    spec: str,
+    *,
+    data_dir: Path | None = None,
+    img_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+) -> Dataset:
+    """Load a whole data set into memory, after downloading and verifying it if it must be.
+
+    Args:
+        spec: "mnist", "fashion-mnist", "cifar10" or "folder:PATH".
+        data_dir: folder that already holds the files of a built-in set (nothing is downloaded then).
+        img_size: (height, width) to bring the images to; None keeps a built-in set's own (28 x 28, 32 x 32), or for a
+            folder what `maelab.data.folder.load_folder` finds.
+        in_chans: channels (1 or 3) for the images of a folder; built-in sets keep their own.
+    Raises: UsageError (unknown spec, unusable folder), RunError (no source delivered, too large for memory).
+    """
+    if spec.startswith("folder:"):
+        from maelab.data.folder import load_folder
+
+        return load_folder(spec, img_size=img_size, in_chans=in_chans)
+    if spec not in sources.NAMES:
+        raise UsageError(f"Unknown data set {spec!r}: {_nearest(spec)}")
+    data = _load_built_in(spec, data_dir)
+    if img_size is None or img_size == tuple(data.train.images.shape[2:]):
+        return data
+    assert data.test is not None
+    return replace(data, train=_resized(data.train, img_size), test=_resized(data.test, img_size))
+
+
+def _resized(data: ImageSet, size: tuple[int, int]) -> ImageSet:
+    """All images scaled to `size`, bicubic and antialiased; in chunks, since it takes float32 in between."""
+    chunks = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in data.images.split(1000))
+    return ImageSet(torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in chunks]), data.labels)
+
+
+def _load_built_in(spec: str, data_dir: Path | None) -> Dataset:
+    files = sources.read(spec, data_dir)
+    checksums = dict(sources.FILES[spec])
+    if spec == "cifar10":
+        batches = [file for file in files if file.startswith("data_batch")]
+        train = cifar_set([files[file] for file in sorted(batches)])
+        return Dataset(spec, train, cifar_set([files["test_batch.bin"]]), _CIFAR10, checksums)
+    end = ".gz" if spec == "fashion-mnist" else ""
+    train, test = (
+        idx_set(files[f"{part}-images-idx3-ubyte{end}"], files[f"{part}-labels-idx1-ubyte{end}"])
+        for part in ("train", "t10k")
+    )
+    return Dataset(spec, train, test, _FASHION if spec == "fashion-mnist" else _DIGITS, checksums)
+
+
+def _nearest(spec: str) -> str:
+    if spec and Path(spec).expanduser().exists():
+        return f"for images of your own write 'folder:{spec}'."
+    near = difflib.get_close_matches(spec.lower().replace("_", "-"), (*sources.NAMES, "folder:"), n=1, cutoff=0.4)
+    if near:
+        return f"did you mean {'folder:PATH' if near[0] == 'folder:' else near[0]!r}?"
+    return f"there are {', '.join(sources.NAMES)} and folder:PATH."
+
+
+def idx_set(images: bytes, labels: bytes) -> ImageSet:
+    """An MNIST-like set from its two IDX files, gzipped or not."""
+    pixels = torch.from_numpy(sources.read_idx(images).copy())  # (N, H, W)
+    return ImageSet(pixels[:, None], torch.from_numpy(sources.read_idx(labels).astype(np.int64)))
+
+
+def cifar_set(batches: Sequence[bytes]) -> ImageSet:
+    """A CIFAR-10-like set from binary batches."""
+    images, labels = zip(*(sources.read_cifar_binary(batch) for batch in batches), strict=True)
+    return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels).astype(np.int64)))
+
+
+def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Cut a validation part off a training set: disjoint, seeded, and class-balanced if there are labels.
+
+    Args:
+        fraction: share of the validation part, 0 <= fraction < 1; it gets round(fraction * N) images, at least one.
+    Returns: (training part, validation part), each in the original order. Fraction 0 gives an empty validation part.
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(f"The validation fraction is {fraction}; it must be at least 0 and less than 1.")
+    train, held_out = split_indices(data.labels, len(data), fraction, seed)
+    return data[train], data[held_out]
+
+
+def split_indices(labels: torch.Tensor | None, n: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions, int64 and ascending, that `split` puts into either part of `n` images."""
+    order, rank, count = _class_ranks(labels, n, seed)
+    # Sorted by how far each image is through its own class, every prefix is class-balanced.
+    balanced = order[torch.argsort((rank + 0.5) / count, stable=True)]
+    k = max(round(n * fraction), 1 if fraction > 0 and n > 1 else 0)
+    return balanced[k:].sort().values, balanced[:k].sort().values
+
+
+def limit(data: ImageSet, n: int, seed: int) -> ImageSet:
+    """The first `n` images of a seeded shuffle."""
+    if not 1 <= n <= len(data):
+        raise UsageError(f"Cannot limit to {n} images: there are {len(data)}.")
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def label_fraction(data: ImageSet, fraction: float, seed: int) -> ImageSet:
+    """A seeded share of the images of every class, at least one of each, in the original order.
+
+    Args:
+        fraction: 0 < fraction <= 1. For one seed, a smaller share is contained in a larger one.
+    """
+    if data.labels is None:
+        raise UsageError("A label fraction needs labels: put the images into one sub-folder per class.")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"The label fraction is {fraction}; it must be more than 0 and at most 1.")
+    order, rank, count = _class_ranks(data.labels, len(data), seed)
+    return data[order[rank < (count * fraction + 0.5).floor().clamp(min=1)].sort().values]
+
+
+def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A seeded shuffle, int64 (n,), and for each entry its rank within its class and its class's size, (n,)."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if labels is None or n == 0:
+        return order, torch.arange(n), torch.full((n,), n)
+    shuffled = labels.cpu()[order]
+    sizes = torch.bincount(shuffled)
+    rank = torch.empty(n, dtype=torch.int64)
+    by_class = torch.argsort(shuffled, stable=True)
+    rank[by_class] = torch.arange(n) - (sizes.cumsum(0) - sizes)[shuffled[by_class]]
+    return order, rank, sizes[shuffled]
+
+
+def training_sets(data: Dataset, config: DataConfig, fraction: float = 1.0) -> tuple[ImageSet, ImageSet]:
+    """The training and validation parts that a run's config asks for.
+
+    Args:
+        data: the whole data set.
+        config: val_fraction, split_seed and limit are read.
+        fraction: share of the training labels to keep, class-balanced.
+    """
+    train, val = split(data.train, config.val_fraction, config.split_seed)
+    if fraction < 1:
+        train = label_fraction(train, fraction, config.split_seed)
+    if config.limit is not None:
+        train = limit(train, config.limit, config.split_seed)
+    if not len(train) or not len(val):
+        raise UsageError(f"{data.name} has too few images ({len(data.train)}) for --val-fraction {config.val_fraction}")
+    return train, val

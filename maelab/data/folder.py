@@ -1,0 +1,275 @@
+"""Images of the user's own: `folder:PATH`.
+
+Layouts: one sub-folder per class; `train/` and `test/`, each with one sub-folder per class; or images without classes
+directly in the folder, for pretraining. Without `test/`, a tenth of every class is held out as the test part, fixed by
+the sorted file names.
+
+Decoding: PNG, JPEG, WebP and BMP (the first frame); EXIF orientation is applied; transparent pixels are shown on
+white; 16-bit grey is scaled to 8 bits. Whatever cannot be decoded is named, skipped and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from maelab.data.datasets import Dataset, ImageSet, split_indices
+from maelab.errors import RunError, UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+_TEST_FRACTION, _TEST_SEED = 0.1, 0
+_MEMORY_SHARE = 0.8  # of what is free may be filled
+_Result = TypeVar("_Result")
+
+
+class _File(NamedTuple):
+    path: Path
+    label: int  # -1 without classes
+    test: bool
+
+
+class _Header(NamedTuple):
+    height: int  # as shown, after EXIF orientation
+    width: int
+    grey: bool
+
+
+def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Dataset:
+    """Load the images of "folder:PATH" into memory; the layouts are those of the module's docstring.
+
+    Args:
+        spec: "folder:PATH".
+        img_size: (height, width) of the result. Each image is scaled, antialiased, until it covers this size, and
+            cropped around its centre. Default: the size of the images if all have the same and no side exceeds 64;
+            otherwise a square of the median shorter side, at most 224, rounded down to a multiple of 16 (at least 16).
+        in_chans: 1 or 3. Default: 1 if every image is stored as greyscale, otherwise 3.
+    Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
+        than fits into memory).
+    """
+    if not (path := spec.removeprefix("folder:")):
+        raise UsageError("'folder:' names no folder; write folder:PATH.")
+    root = Path(path).expanduser()
+    if in_chans not in (None, 1, 3):
+        raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels.")
+    if img_size is not None and min(img_size) < 1:
+        raise UsageError(f"img_size is {img_size[0]} x {img_size[1]}; both sides must be at least 1.")
+    files, class_names, held_out = _list_files(root)
+    skipped: list[str] = []
+    headers = list(_each(_read_header, files, root, skipped))
+    if not headers:
+        raise UsageError(f"None of the images in {root} can be decoded, for example {skipped[0]}.")
+    files = [file for file, _ in headers]
+    if class_names and not held_out:
+        files = _hold_out(files)
+    files.sort(key=lambda file: file.test)  # stable: training images first, so that both parts are slices
+    height, width = img_size or _default_size([header for _, header in headers])
+    channels = in_chans or (1 if all(header.grey for _, header in headers) else 3)
+    needed, free = len(files) * channels * height * width, _available_memory()
+    if needed > _MEMORY_SHARE * free:
+        raise RunError(
+            f"{len(files)} images of {height} x {width} x {channels} in {root} need {needed / 2**30:.1f} GiB of "
+            f"memory and {free / 2**30:.1f} GiB are free; choose a smaller img_size or fewer images."
+        )
+    images = np.empty((len(files), channels, height, width), np.uint8)
+    kept: list[_File] = []
+    for file, pixels in _each(lambda path: _decode(path, (height, width), channels), files, root, skipped):
+        images[len(kept)] = pixels
+        kept.append(file)
+    images = images[: len(kept)]
+    skipped.sort()
+    if not kept:
+        raise UsageError(f"None of the images in {root} can be decoded, for example {skipped[0]}.")
+    for label, class_name in enumerate(class_names):
+        if not any(file.label == label and not file.test for file in kept):
+            raise UsageError(f"Class {class_name!r} in {root} has no good training image; every class needs two.")
+    if skipped:
+        named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+        print(f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}", file=sys.stderr)
+    n_train = sum(not file.test for file in kept)
+    labels = np.array([file.label for file in kept], np.int64)
+    checksums = {"images": _md5(images), "labels": _md5(labels)} if class_names else {"images": _md5(images)}
+
+    def part(rows: slice) -> ImageSet:
+        return ImageSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]) if class_names else None)
+
+    test = part(slice(n_train, None)) if n_train < len(kept) else None
+    return Dataset(spec, part(slice(n_train)), test, class_names, checksums, tuple(skipped))
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
+    """(files sorted by class and name, class names, whether the folder itself says which are for testing)."""
+    if not root.exists():
+        raise UsageError(f"There is no folder {root}.")
+    if not root.is_dir():
+        raise UsageError(f"{root} is a file; folder:PATH takes a folder of images.")
+    parts = {path.name for path in root.iterdir() if path.is_dir()} if not _images(root, deep=False) else set()
+    if {"train", "test"} <= parts:
+        if extra := sorted(name for name in parts - {"train", "test"} if _images(root / name)):
+            raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there.")
+        train, class_names = _list_classes(root / "train")
+        test, test_classes = _list_classes(root / "test")
+        if unknown := sorted(set(test_classes) - set(class_names)):
+            raise UsageError(f"Class {unknown[0]!r} is in {root / 'test'} but not in {root / 'train'}.")
+        if bool(class_names) != bool(test_classes):
+            raise UsageError(f"{root / 'test'} has no classes, but {root / 'train'} has.")
+        files = [_File(path, class_names.index(name) if name else -1, False) for path, name in train]
+        files += [_File(path, class_names.index(name) if name else -1, True) for path, name in test]
+        return files, class_names, True
+    if "train" in parts and parts <= {"train", "val", "valid", "validation"}:
+        raise UsageError(
+            f"{root} holds {' and '.join(f'{name}/' for name in sorted(parts))}: name the two parts train/ and test/, "
+            f"or use folder:{root / 'train'}."
+        )
+    found, class_names = _list_classes(root)
+    return [_File(path, class_names.index(name) if name else -1, False) for path, name in found], class_names, False
+
+
+def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
+    """Sorted (path, class name) of the images in `folder`, and its classes; the name is "" in a flat folder."""
+    loose = _images(folder, deep=False)
+    subs = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=lambda p: p.name)
+    by_class = {sub.name: _images(sub) for sub in subs}
+    full = [name for name, images in by_class.items() if images]
+    if loose and full:
+        raise UsageError(
+            f"{folder} holds both images and sub-folders with images ({loose[0].name}, {full[0]}/): "
+            "put every image into the sub-folder of its class, or all of them directly into one folder."
+        )
+    if not loose and not full:
+        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+    if loose:
+        return [(path, "") for path in loose], ()
+    if empty := [name for name in by_class if name not in full]:
+        raise UsageError(f"Class {empty[0]!r} in {folder} holds no images; remove the sub-folder or fill it.")
+    return [(path, name) for name in full for path in by_class[name]], tuple(full)
+
+
+def _images(folder: Path, deep: bool = True) -> list[Path]:
+    """Files of `folder` with an image's suffix, sorted; hidden ones (".x", "._x.png" of macOS) are left out."""
+    paths = folder.rglob("*") if deep else folder.iterdir()
+    found = (path for path in paths if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file())
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def _hold_out(files: list[_File]) -> list[_File]:
+    """Mark a tenth of every class for testing, always the same for the same sorted file names."""
+    labels = torch.tensor([file.label for file in files])
+    _, chosen = split_indices(labels, len(files), _TEST_FRACTION, _TEST_SEED)
+    test = set(chosen.tolist())
+    return [file._replace(test=i in test) for i, file in enumerate(files)]
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def _each(
+    work: Callable[[Path], _Result], files: list[_File], root: Path, skipped: list[str]
+) -> Iterator[tuple[_File, _Result]]:
+    """(file, work(file.path)) in order, in threads; a file that fails goes into `skipped` with its reason instead."""
+
+    def attempt(file: _File) -> tuple[_Result | None, str]:
+        try:
+            return work(file.path), ""
+        except Exception as error:  # decoders raise anything on damaged bytes, and one file must not end the run
+            return None, _reason(error, file.path)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of decoders, about odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit refuses, not only warns
+        for file, (result, reason) in zip(files, pool.map(attempt, files), strict=True):
+            if result is None:
+                skipped.append(f"{file.path.relative_to(root)} ({reason})")
+            else:
+                yield file, result
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why an image could not be decoded."""
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "empty" if path.stat().st_size == 0 else f"not a {', '.join(_FORMATS)} image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """One image file, prepared as those of a folder are: uint8 (1, channels, *size).
+
+    Raises:
+        UsageError: if it cannot be decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return torch.from_numpy(_decode(path, size, channels).copy())[None]
+        except Exception as error:
+            raise UsageError(f"cannot read the image {path}: {_reason(error, path)}") from error
+
+
+def _read_header(path: Path) -> _Header:
+    with Image.open(path, formats=_FORMATS) as image:
+        width, height = image.size
+        # A PNG's EXIF data may follow the pixels, and looking for it would decode them here.
+        if image.format != "PNG" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # on its side
+            width, height = height, width
+        return _Header(height, width, image.mode in _GREY_MODES)
+
+
+def _default_size(headers: list[_Header]) -> tuple[int, int]:
+    sizes = {(header.height, header.width) for header in headers}
+    if len(sizes) == 1 and max(height_width := sizes.pop()) <= 64:
+        return height_width
+    side = min(224, int(median(min(header.height, header.width) for header in headers)))
+    side = max(16, side // 16 * 16)
+    return side, side
+
+
+def _decode(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The image as uint8 (channels, *size), upright, covering `size` and cropped around its centre."""
+    with Image.open(path, formats=_FORMATS) as opened:
+        image = to_eight_bits(ImageOps.exif_transpose(opened), channels)
+    if image.size != (size[1], size[0]):
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)  # (H, W) or (H, W, C)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def to_eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    """`image` of any mode as "L" (1 channel) or "RGB" (3): 16-bit grey scaled to 8 bits, transparency put on white."""
+    if image.mode.startswith("I"):  # 16-bit grey: 65535 / 257 = 255
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping; all of the memory where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _md5(array: np.ndarray) -> str:
+    return hashlib.md5(np.ascontiguousarray(array).data, usedforsecurity=False).hexdigest()

@@ -1,0 +1,124 @@
+"""What a trained model says about images: features, neighbours, reconstructions, errors, probabilities."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maelab.data import ImageSet
+from maelab.data.batches import eval_batches
+from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
+from maelab.model.mae import NORM_PIX_EPS
+
+EVAL_BATCH = 512
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def extract_features(model: VisionTransformer, data: ImageSet, pool: Literal["token", "avg"] = "avg") -> torch.Tensor:
+    """Pooled features of every image, float32 (N, D): the class token, or the mean of the patch tokens, after `norm`.
+
+    Unmasked and deterministic.
+
+    Raises:
+        ValueError: if the class token is asked for and the model has none.
+    """
+    if pool == "token" and not model.num_prefix_tokens:
+        raise ValueError("this encoder has no class token; use pool='avg'")
+    model.eval()
+    return torch.cat([model.pool(model.forward_features(x), pool).float() for x, _ in eval_batches(data, EVAL_BATCH)])
+
+
+def knn_accuracy(
+    features: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, query_labels: torch.Tensor, k: int = 20
+) -> float:
+    """Share of queries whose class wins the vote of their k nearest neighbours.
+
+    Cosine similarity of centred features; a vote weighs exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978,
+    section 3.4).
+
+    Args:
+        features: (N, D) with labels (N,).
+        queries: (M, D) with query_labels (M,).
+        k: neighbours; at most N are used.
+    """
+    centre = features.mean(dim=0)
+    features, queries = F.normalize(features - centre), F.normalize(queries - centre)
+    classes = int(torch.cat([labels, query_labels]).max()) + 1
+    right = 0
+    for chunk, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
+        similarity, nearest = (chunk @ features.T).float().topk(min(k, len(features)), dim=1)  # (m, k)
+        votes = torch.zeros(len(chunk), classes, device=chunk.device)
+        votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
+        right += int((votes.argmax(dim=1) == truth).sum())
+    return right / len(queries)
+
+
+def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """Prediction (B, L, p * p * C) as pixels. With norm_pix_loss this takes the true mean and deviation of each patch,
+    which the model cannot know: figures and pictures made so are better than they deserve, and must say it."""
+    pred = pred.float()
+    if not model.norm_pix_loss:
+        return pred
+    return pred * (patches.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt() + patches.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def masked_mse(model: MaskedAutoencoderViT, data: ImageSet, mask_ratio: float, seed: int) -> dict[str, float]:
+    """Error on the hidden pixels of a whole set, under masks fixed by the seed.
+
+    Returns:
+        masked_mse: mean squared error on the [-1, 1] scale, see `denormalise`; loss: what training minimises.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    squares, losses, hidden = 0.0, 0.0, 0.0
+    for images, _ in eval_batches(data, EVAL_BATCH):
+        noise = torch.rand(len(images), model.num_patches, generator=generator).to(images.device)
+        loss, pred, mask = model(images, mask_ratio, noise)
+        patches = patchify(images, model.patch_size)  # (B, L, p * p * C)
+        errors = (denormalise(model, pred, patches) - patches).square().mean(dim=-1)  # (B, L)
+        squares += float((errors * mask).sum())
+        losses += float(loss) * float(mask.sum())
+        hidden += float(mask.sum())
+    return {"masked_mse": squares / hidden, "loss": losses / hidden}
+
+
+@torch.no_grad()
+def reconstruct_images(
+    model: MaskedAutoencoderViT, images: torch.Tensor, mask_ratio: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Hide patches of images (B, C, H, W) in [-1, 1] and rebuild them.
+
+    Returns:
+        masked: the images with grey in the hidden places, (B, C, H, W).
+        rebuilt: the originals with the predictions pasted into the hidden places, since the loss never trained the
+            visible ones, (B, C, H, W); see `denormalise`.
+        masked_mse: over the hidden pixels of these images.
+    """
+    noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(seed))
+    _, pred, mask = model.eval()(images, mask_ratio, noise.to(images.device))
+    patches, hidden = patchify(images, model.patch_size), mask.unsqueeze(-1)
+    pred = denormalise(model, pred, patches)
+    error = float(((pred - patches).square().mean(dim=-1) * mask).sum() / mask.sum())
+    rebuilt = patches * (1 - hidden) + pred.clamp(-1, 1) * hidden
+    masked, rebuilt = (unpatchify(x, model.patch_size, model.grid_size) for x in (patches * (1 - hidden), rebuilt))
+    return masked, rebuilt, error
+
+
+@torch.no_grad()
+def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tensor:
+    """Probabilities of every image, float32 (N, num_classes)."""
+    model.eval()
+    return torch.cat([model(x).float().softmax(dim=1) for x, _ in eval_batches(data, EVAL_BATCH)])
+
+
+def classification_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy (a fraction) and cross-entropy of probabilities (N, classes) against labels (N,)."""
+    right = int((probabilities.argmax(dim=1) == labels).sum())
+    return {"accuracy": right / len(labels), "loss": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels))}

@@ -1,0 +1,76 @@
+"""Evaluation of a finished run: accuracy of a classifier, error on hidden pixels of a masked autoencoder."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from maelab.config import DataConfig, RunOptions
+from maelab.data import Dataset, ImageSet, training_sets
+from maelab.errors import UsageError
+from maelab.inference import class_probabilities, classification_scores, masked_mse
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.training.checkpoint import load_matching_data, load_model
+from maelab.training.parallel import start_engine
+
+
+def choose_part(data: Dataset, split: Literal["test", "val"], run_config: dict[str, Any]) -> ImageSet:
+    """The test images, or the validation images as the run itself cut them."""
+    if split == "test":
+        if data.test is None:
+            raise UsageError(f"{data.name} has no test images; use --split val")
+        return data.test
+    cut = {k: run_config[k] for k in ("val_fraction", "split_seed") if k in run_config}
+    return training_sets(data, DataConfig(data=data.name, **cut))[1]
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: str | None = None,
+    split: Literal["test", "val"] = "test",
+    mask_ratio: float | None = None,
+    run_config: dict[str, Any] | None = None,
+    options: RunOptions | None = None,
+) -> dict[str, Any]:
+    """Measure a trained model.
+
+    Args:
+        run: run folder or checkpoint of a masked autoencoder or a classifier.
+        data: data set; None is the one it was trained on.
+        split: which images.
+        mask_ratio: share of patches to hide from an autoencoder; None is that of its training.
+        run_config: the run's config.json, for its validation split.
+        options: where to run.
+
+    Returns:
+        {"run", "data", "split", "images"} and for a classifier "accuracy", "loss", "per_class" (name -> accuracy) and
+        "confusion" (rows: true classes), for an autoencoder "masked_mse", "loss" and "mask_ratio".
+
+    Raises:
+        UsageError, RunError: if the run cannot be read or the data does not fit it.
+    """
+    options = options or RunOptions()
+    model, spec = load_model(run)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{run} is a linear probe; its figures are in its result.json")
+    dataset = load_matching_data(spec, data, options.data_dir)
+    engine = start_engine(options)
+    model.to(engine.device)
+    part = choose_part(dataset, split, run_config or {}).to(engine.device)
+    result: dict[str, Any] = {"run": str(run), "data": dataset.name, "split": split, "images": len(part)}
+    with engine.autocast():
+        if isinstance(model, MaskedAutoencoderViT):
+            ratio = mask_ratio or spec.mask_ratio or 0.75
+            return result | {"mask_ratio": ratio} | masked_mse(model, part, ratio, seed=0)
+        if part.labels is None:
+            raise UsageError(f"{dataset.name} has no labels to evaluate a classifier with")
+        probabilities = class_probabilities(model, part)
+    n = len(dataset.class_names)
+    counts = torch.bincount(part.labels * n + probabilities.argmax(dim=1), minlength=n * n).reshape(n, n)
+    recall = (counts.diag() / counts.sum(dim=1).clamp(min=1)).tolist()
+    return (
+        result
+        | classification_scores(probabilities, part.labels)
+        | {"per_class": dict(zip(dataset.class_names, recall, strict=True)), "confusion": counts.tolist()}
+    )

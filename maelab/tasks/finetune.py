@@ -1,0 +1,167 @@
+"""Fine-tuning: the encoder, from pretrained weights or from scratch, learns to classify."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from maelab import figures
+from maelab.config import FinetuneConfig, RunOptions
+from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data.augment import augment, mix
+from maelab.data.batches import batch_index, rank_slice, scale, step_generator
+from maelab.errors import UsageError
+from maelab.inference import class_probabilities, classification_scores, count_parameters
+from maelab.model import VisionTransformer
+from maelab.training.checkpoint import ModelSpec, load_model, read_spec, write_json
+from maelab.training.loop import Task, train
+from maelab.training.parallel import describe, start_engine
+from maelab.training.runlog import open_run, read_metrics, say
+from maelab.weights import load_encoder
+
+PICTURED = 24
+ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+
+
+def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
+    """The config with the encoder's shape taken from the initial weights."""
+    return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS})
+
+
+def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
+    """The classifier that `config` asks for on this data.
+
+    Raises:
+        UsageError: if the data has no labels, or patch size and image size do not go together.
+    """
+    if data.train.labels is None or data.test is None:
+        raise UsageError(
+            f"{data.name} has no labels: to fine-tune, put the images of each class in a folder of its own"
+        )
+    _, in_chans, height, width = data.train.images.shape
+    if height % config.patch_size or width % config.patch_size:
+        raise UsageError(
+            f"patch size {config.patch_size} does not divide the image size {height}x{width};"
+            " give another --img-size or --patch-size"
+        )
+    arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}
+    arguments |= {"img_size": (height, width), "in_chans": in_chans, "num_classes": len(data.class_names)}
+    arguments |= {"drop_path_rate": config.drop_path}
+    return ModelSpec("VisionTransformer", arguments, data.name, data.class_names)
+
+
+def finetune(
+    config: FinetuneConfig, *, options: RunOptions | None = None, recipe: str = "custom"
+) -> tuple[Path, dict[str, Any]]:
+    """Train a classifier; choose the best epoch on validation; read the test set once, with that epoch's weights.
+
+    Args:
+        config: what to do, e.g. `maelab.recipes.finetune_mnist()`; `init` says where the encoder comes from, and
+            then decides its shape.
+        options: where to run, and where to keep it.
+        recipe: a name for the default run folder.
+
+    Returns:
+        The run folder and the content of its result.json.
+
+    Raises:
+        UsageError, RunError: see maelab.errors.
+        Interrupted: after saving, on Ctrl-C or SIGTERM.
+    """
+    options = options or RunOptions()
+    if config.init != "none":
+        config = with_encoder_of(config, read_spec(config.init))
+    engine = start_engine(options, config.precision)
+    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
+    spec = model_spec(config, data)
+    with open_run(engine, "finetune", recipe, config, options, data.checksums) as folder:
+        train_set, val_set = (
+            part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
+        )
+        torch.manual_seed(config.seed)
+        model = spec.build()
+        assert isinstance(model, VisionTransformer) and train_set.labels is not None
+        adapted: list[str] = []
+        if config.init != "none":
+            source, _ = load_model(config.init)
+            assert isinstance(source, VisionTransformer)
+            adapted = load_encoder(
+                model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed
+            )
+        say(
+            f"finetune on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
+            f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
+            f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
+            f" {describe(engine)}; {folder}"
+        )
+        labels, num_classes = train_set.labels, len(data.class_names)
+
+        def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+            index = batch_index(len(train_set), config.batch_size, config.seed, step)
+            generator = step_generator(config.seed, step)
+            images = augment(train_set.images, index, config, generator, part, parts)
+            truth = labels[rank_slice(index, part, parts).to(labels.device)]
+            images, targets = mix(
+                images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,
+                label_smoothing=config.label_smoothing, rank=part, world=parts,
+            )  # fmt: skip
+            logits = model(images).float()
+            right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
+            return {"loss": F.cross_entropy(logits, targets), "accuracy": right}
+
+        def scores(model: Any, part: ImageSet) -> dict[str, float]:
+            assert part.labels is not None
+            return classification_scores(class_probabilities(model, part), part.labels)
+
+        task = Task(
+            model=model,
+            spec=spec,
+            items=len(train_set),
+            step_loss=step_loss,
+            validate=lambda model, epoch: scores(model, val_set),
+            metric="accuracy",
+            higher_is_better=True,
+            patience=config.patience,
+            layer_decay=config.layer_decay,
+        )
+        outcome = train(engine, folder, task, config)
+
+        assert data.test is not None and data.test.labels is not None
+        test_set = data.test.to(engine.device)
+        with engine.autocast():
+            probabilities = class_probabilities(model, test_set)
+        assert test_set.labels is not None
+        result = {
+            "task": "finetune",
+            "data": data.name,
+            "init": config.init,
+            "adapted": adapted,
+            "seed": config.seed,
+            "epochs": outcome.epochs,
+            "params": count_parameters(model),
+            "train_images": len(train_set),
+            "test": classification_scores(probabilities, test_set.labels),
+            "val": outcome.val,
+            "train": outcome.train,
+            "best_epoch": outcome.best_epoch,
+            "train_time_s": outcome.train_time_s,
+            "images_per_s": outcome.images_per_s,
+        }
+        if engine.is_global_zero:
+            pictures = folder / "figures"
+            figures.curves(pictures / "curves.png", read_metrics(folder), outcome.best_epoch)
+            guesses, truth = probabilities.argmax(dim=1), test_set.labels
+            wrong, right = (guesses != truth).nonzero()[:, 0], (guesses == truth).nonzero()[:, 0]
+            shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
+            figures.predictions(
+                pictures / "predictions.png", scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
+                probabilities[shown].cpu(), data.class_names,
+            )  # fmt: skip
+            counts = torch.bincount(truth * num_classes + guesses, minlength=num_classes**2)
+            figures.confusion(
+                pictures / "confusion.png", counts.reshape(num_classes, num_classes).cpu(), data.class_names
+            )
+            write_json(folder / "result.json", result)
+        return folder, result

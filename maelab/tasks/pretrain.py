@@ -1,0 +1,161 @@
+"""Pretraining: a masked autoencoder learns to rebuild hidden patches."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maelab import figures
+from maelab.config import PretrainConfig, RunOptions
+from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data.augment import augment
+from maelab.data.batches import batch_index, rank_slice, scale, step_generator
+from maelab.errors import UsageError
+from maelab.inference import (
+    count_parameters,
+    extract_features,
+    knn_accuracy,
+    masked_mse,
+    reconstruct_images,
+)
+from maelab.model import MaskedAutoencoderViT, patchify
+from maelab.training.checkpoint import ModelSpec, write_json
+from maelab.training.loop import Task, train
+from maelab.training.parallel import describe, start_engine
+from maelab.training.runlog import open_run, read_metrics, say
+
+KNN_IMAGES = 10_000  # k-NN during training compares with so many training images at most
+PICTURED = 8
+
+
+def check_masking(num_patches: int, mask_ratio: float) -> None:
+    """Refuse a ratio that would hide every patch or none."""
+    kept = int(num_patches * (1 - mask_ratio))
+    if not 0 < kept < num_patches:
+        what = "no patch to see" if kept == 0 else "no patch hidden"
+        raise UsageError(f"--mask-ratio {mask_ratio} leaves {what}: the image has {num_patches} patches")
+
+
+def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
+    """The masked autoencoder that `config` asks for on this data.
+
+    Raises:
+        UsageError: if patch size, image size and mask ratio do not go together.
+    """
+    _, in_chans, height, width = data.train.images.shape
+    fields = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "learned_pos_embed")
+    fields += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+    if height % config.patch_size or width % config.patch_size:
+        raise UsageError(f"--patch-size {config.patch_size} does not divide the image size {height}x{width}")
+    check_masking(height * width // config.patch_size**2, config.mask_ratio)
+    arguments = {field: getattr(config, field) for field in fields}
+    arguments |= {"img_size": (height, width), "in_chans": in_chans}
+    return ModelSpec("MaskedAutoencoderViT", arguments, data.name, mask_ratio=config.mask_ratio)
+
+
+def mean_predictor_mse(data: ImageSet, norm_pix_loss: bool, patch_size: int) -> float:
+    """The loss of predicting, at each place, its mean over the images (at most 10,000): what a model has to beat."""
+    patches = patchify(scale(data.images[:10_000]), patch_size)
+    if norm_pix_loss:
+        patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return float(patches.var(dim=0, correction=0).mean())
+
+
+def pretrain(
+    config: PretrainConfig, *, options: RunOptions | None = None, recipe: str = "custom"
+) -> tuple[Path, dict[str, Any]]:
+    """Pretrain a masked autoencoder.
+
+    Args:
+        config: what to do, e.g. `maelab.recipes.pretrain_mnist()`.
+        options: where to run, and where to keep it.
+        recipe: a name for the default run folder.
+
+    Returns:
+        The run folder and the content of its result.json.
+
+    Raises:
+        UsageError, RunError: see maelab.errors.
+        Interrupted: after saving, on Ctrl-C or SIGTERM.
+    """
+    options = options or RunOptions()
+    engine = start_engine(options, config.precision)
+    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
+    spec = model_spec(config, data)
+    with open_run(engine, "pretrain", recipe, config, options, data.checksums) as folder:
+        train_set, val_set = (part.to(engine.device) for part in training_sets(data, config))
+        torch.manual_seed(config.seed)
+        model = spec.build()
+        assert isinstance(model, MaskedAutoencoderViT)
+        num_patches = model.num_patches
+        trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
+        say(
+            f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
+            f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {config.mask_ratio:.0%} hidden;"
+            f" {count_parameters(model) / 1e6:.2f}M parameters; {describe(engine)}; {folder}"
+        )
+
+        def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+            index = batch_index(len(train_set), config.batch_size, config.seed, step)
+            generator = step_generator(config.seed, step)
+            noise = rank_slice(torch.rand(len(index), num_patches, generator=generator), part, parts)
+            images = augment(train_set.images, index, config, generator, part, parts)
+            return {"loss": model.training_loss(images, config.mask_ratio, noise.to(images.device))}
+
+        def validate(model: Any, epoch: int) -> dict[str, float]:
+            values = masked_mse(model, val_set, config.mask_ratio, config.split_seed)
+            if config.knn_every and epoch % config.knn_every == 0 and val_set.labels is not None:
+                values["knn_accuracy"] = _follow_knn(model, train_set, val_set)
+            return values
+
+        outcome = train(
+            engine,
+            folder,
+            Task(
+                model=model,
+                spec=spec,
+                items=len(train_set),
+                step_loss=step_loss,
+                validate=validate,
+                metric="loss",
+                higher_is_better=False,
+                methods=("training_loss",),
+                note=f" (mean predictor {trivial:.4f})",
+            ),
+            config,
+        )
+        sample = train_set[torch.arange(min(len(train_set), len(val_set)), device=engine.device)]
+        with engine.autocast():
+            train_scores = masked_mse(model, sample, config.mask_ratio, config.split_seed)
+        result = {
+            "task": "pretrain",
+            "data": data.name,
+            "seed": config.seed,
+            "epochs": outcome.epochs,
+            "patch_size": config.patch_size,
+            "mask_ratio": config.mask_ratio,
+            "params": count_parameters(model),
+            "train": {"masked_mse": train_scores["masked_mse"], "loss": outcome.train["loss"]},
+            "val": outcome.val,
+            "best_epoch": outcome.best_epoch,
+            "mean_predictor_loss": trivial,
+            "masked_mse_uses": "true patch mean and deviation" if config.norm_pix_loss else "the prediction alone",
+            "train_time_s": outcome.train_time_s,
+            "images_per_s": outcome.images_per_s,
+        }
+        if engine.is_global_zero:
+            shown = scale(val_set.images[:PICTURED])
+            masked, rebuilt, _ = reconstruct_images(model, shown, config.mask_ratio, config.seed)
+            figures.reconstructions(
+                folder / "figures" / "reconstructions.png", [("", shown.cpu(), masked.cpu(), rebuilt.cpu())]
+            )
+            figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
+            write_json(folder / "result.json", result)
+        return folder, result
+
+
+def _follow_knn(model: MaskedAutoencoderViT, train_set: ImageSet, val_set: ImageSet) -> float:
+    reference = train_set[torch.arange(min(len(train_set), KNN_IMAGES), device=train_set.images.device)]
+    features, queries = extract_features(model, reference), extract_features(model, val_set)
+    assert reference.labels is not None and val_set.labels is not None
+    return knn_accuracy(features, reference.labels, queries, val_set.labels)

@@ -1,0 +1,108 @@
+"""Probing: how good are frozen features? k-nearest neighbours and a linear classifier tell."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maelab import figures
+from maelab.config import ProbeConfig, RunOptions
+from maelab.data import training_sets
+from maelab.data.batches import batch_index, rank_slice
+from maelab.errors import UsageError
+from maelab.inference import classification_scores, extract_features, knn_accuracy
+from maelab.model import VisionTransformer
+from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model, write_json
+from maelab.training.loop import Task, train
+from maelab.training.parallel import describe, start_engine
+from maelab.training.runlog import open_run, read_metrics, say
+
+
+def probe(
+    config: ProbeConfig, *, options: RunOptions | None = None, recipe: str = "custom"
+) -> tuple[Path, dict[str, Any]]:
+    """Judge a frozen encoder by k-NN and by a linear classifier on its features, standardised by their training mean
+    and deviation (as the batch norm without affine parameters of He et al. 2021, section A.1).
+
+    Args:
+        config: what to judge, on what.
+        options: where to run, and where to keep it.
+        recipe: a name for the default run folder.
+
+    Returns:
+        The run folder and the content of its result.json: for val and test the accuracy of both.
+
+    Raises:
+        UsageError, RunError: see maelab.errors.
+        Interrupted: after saving, on Ctrl-C or SIGTERM.
+    """
+    options = options or RunOptions()
+    model, encoder = load_model(config.init)
+    engine = start_engine(options, config.precision)
+    assert isinstance(model, VisionTransformer)
+    if config.pool == "token" and not model.num_prefix_tokens:
+        raise UsageError(f"{config.init} has no class token; use --pool avg")
+    data = load_matching_data(encoder, None if config.data == "same" else config.data, options.data_dir)
+    if data.train.labels is None or data.test is None:
+        raise UsageError(f"{data.name} has no labels to probe with")
+    with open_run(engine, "probe", recipe, config, options, data.checksums) as folder:
+        parts = {"train": training_sets(data, config, config.label_fraction)[0]}
+        parts |= {"val": training_sets(data, config)[1], "test": data.test}
+        say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {describe(engine)}; {folder}")
+        model.to(engine.device)
+        with engine.autocast():
+            features = {k: extract_features(model, v.to(engine.device), config.pool) for k, v in parts.items()}
+        mean, deviation = features["train"].mean(dim=0), features["train"].std(dim=0) + 1e-6
+        labels = {k: v.labels.to(engine.device) for k, v in parts.items() if v.labels is not None}
+
+        def neighbours(part: str) -> float:
+            return knn_accuracy(features["train"], labels["train"], features[part], labels[part], config.neighbours)
+
+        torch.manual_seed(config.seed)
+        arguments: dict[str, Any] = {"in_features": model.embed_dim, "out_features": len(data.class_names)}
+        linear = nn.Linear(**arguments)
+        nn.init.zeros_(linear.weight)
+
+        def logits(linear: Any, rows: torch.Tensor) -> torch.Tensor:
+            return linear((rows - mean) / deviation).float()
+
+        def step_loss(linear: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+            index = rank_slice(batch_index(len(labels["train"]), config.batch_size, config.seed, step), part, parts)
+            index = index.to(engine.device)
+            return {"loss": F.cross_entropy(logits(linear, features["train"][index]), labels["train"][index])}
+
+        def scores(linear: Any, part: str) -> dict[str, float]:
+            return classification_scores(logits(linear, features[part]).softmax(dim=1), labels[part])
+
+        task = Task(
+            model=linear,
+            spec=ModelSpec("Linear", arguments, data.name, data.class_names),
+            items=len(parts["train"]),
+            step_loss=step_loss,
+            validate=lambda linear, epoch: scores(linear, "val"),
+            metric="accuracy",
+            higher_is_better=True,
+        )
+        outcome = train(engine, folder, task, config)
+        with torch.no_grad(), engine.autocast():
+            test = {"knn_accuracy": neighbours("test"), **scores(linear, "test")}
+            val = {"knn_accuracy": neighbours("val"), **outcome.val}
+        result = {
+            "task": "probe",
+            "data": data.name,
+            "init": config.init,
+            "seed": config.seed,
+            "epochs": outcome.epochs,
+            "train_images": len(parts["train"]),
+            "test": test,
+            "val": val,
+            "best_epoch": outcome.best_epoch,
+            "train_time_s": outcome.train_time_s,
+            "images_per_s": outcome.images_per_s,
+        }
+        if engine.is_global_zero:
+            figures.curves(folder / "figures" / "curves.png", read_metrics(folder), outcome.best_epoch)
+            write_json(folder / "result.json", result)
+        return folder, result

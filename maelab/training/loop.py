@@ -1,0 +1,278 @@
+"""The training loop: pretraining, linear probing and fine-tuning all run through `train`.
+
+All randomness of step t is a function of (seed, t), so a resumed run needs no generator state: it goes on at its step
+and ends as if it had never stopped.
+"""
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from maelab.config import LoopConfig
+from maelab.data.batches import part_seed, steps_per_epoch
+from maelab.errors import MaelabError, RunError, UsageError
+from maelab.training.checkpoint import ModelSpec, load_training, save_model, save_training
+from maelab.training.optim import build_optimizers, schedule, set_learning_rate
+from maelab.training.parallel import Engine
+from maelab.training.runlog import RunLog
+
+SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
+
+
+class Interrupted(MaelabError):
+    """The run was asked to stop, and has saved: the same command goes on."""
+
+    exit_status = 130
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained and how it is judged.
+
+    Args:
+        model: the whole model, on the CPU.
+        spec: its description, for the portable checkpoint.
+        items: how many training items make an epoch.
+        step_loss: (model, step, part, parts) -> {"loss": mean, ...} over the given part of the step's batch; further
+            entries are averaged over the epoch and logged.
+        validate: (model, epoch from 1) -> metrics on validation, without gradients.
+        metric: the entry of `validate` that chooses the best epoch.
+        higher_is_better: direction of that metric.
+        patience: epochs without a better one before stopping; 0 never stops.
+        layer_decay: see `build_optimizers`.
+        methods: methods of the model, beside forward, that step_loss calls.
+        note: put behind each epoch's line, e.g. what the loss would be for a trivial prediction.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    items: int
+    step_loss: Callable[[Any, int, int, int], dict[str, torch.Tensor]]
+    validate: Callable[[Any, int], dict[str, float]]
+    metric: str
+    higher_is_better: bool
+    patience: int = 0
+    layer_decay: float = 1.0
+    methods: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: epochs done, the best one (from 1) and its metrics, seconds, rate, last train metrics."""
+
+    epochs: int
+    best_epoch: int
+    val: dict[str, float]
+    train: dict[str, float]
+    train_time_s: float
+    images_per_s: float
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second one ends the process at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outcome:
+    """Train `task.model`, saving and logging into `folder`; go on where the folder's last checkpoint stands.
+
+    Leaves the best weights (on validation; averaged ones if `ema_decay` is set) in `task.model`.
+
+    Raises:
+        Interrupted: after saving, when Ctrl-C or SIGTERM asked to stop.
+        RunError: when the loss is no longer finite; the checkpoints keep their last good state.
+    """
+    parts = engine.world_size * config.accumulate
+    per_epoch = steps_per_epoch(task.items, config.batch_size)
+    batch_size = min(config.batch_size, task.items)
+    if batch_size % parts:
+        raise UsageError(f"a batch of {batch_size} images cannot be cut into {parts} equal parts; see --batch-size")
+    total_steps, warmup_steps = config.epochs * per_epoch, round(config.warmup_epochs * per_epoch)
+    last, best = folder / "checkpoints" / "last", folder / "checkpoints" / "best"
+
+    optimizers = build_optimizers(task.model, config, task.layer_decay)
+    average = copy.deepcopy(task.model).requires_grad_(False).to(engine.device) if config.ema_decay else None
+    judged = task.model if average is None else average
+    position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "log_length": 0}
+    position |= {"best_epoch": 0, "best": {}, "train": {}}
+    saved = load_training(last / "training.pt")
+    if saved is not None:
+        position = saved["position"]
+        task.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if average is not None:
+            average.load_state_dict(saved["average"])
+    model, *optimizers = engine.setup(task.model, *optimizers)
+    for method in task.methods:
+        model.mark_forward_method(method)
+
+    def save() -> None:
+        position["log_length"] = log.length
+        if engine.is_global_zero:
+            save_model(last, task.spec, judged.state_dict())
+            state = {"position": position, "model": task.model.state_dict()}
+            state |= {"optimizers": [o.state_dict() for o in optimizers], "average": average and average.state_dict()}
+            save_training(last / "training.pt", state)
+        engine.barrier()
+
+    def check(loss: float) -> None:
+        if not math.isfinite(loss):
+            step = position["step"] + 1
+            raise RunError(
+                f"the loss is {loss} at step {step} (epoch {(step - 1) // per_epoch + 1}); the checkpoints in {folder}"
+                " are from before. Try a lower --blr or --muon-lr, --clip-grad 1, or --precision fp32"
+            )
+
+    log_folder = folder if engine.is_global_zero else None
+    log = RunLog(log_folder, position["log_length"], position["step"] // per_epoch, total_steps)
+    if saved is not None:
+        log.line(f"going on from step {position['step']} of {total_steps}")
+    begun, first_step = time.perf_counter(), position["step"]
+    before, shown = position["seconds"], begun
+    try:
+        with _stop_on_signal() as stop:
+            while position["step"] < total_steps and not _stale(position, per_epoch, task.patience):
+                step = position["step"]
+                set_learning_rate(optimizers, schedule(step, total_steps, warmup_steps))
+                model.train()
+                for part in range(config.accumulate):
+                    part_of_all = engine.global_rank * config.accumulate + part
+                    torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for drop path
+                    with engine.no_backward_sync(model, enabled=part + 1 < config.accumulate):
+                        values = task.step_loss(model, step, part_of_all, parts)
+                        engine.backward(values["loss"] / config.accumulate)
+                    if engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
+                        check(values["loss"].item())
+                    for key, value in values.items():
+                        part_of_sum = value.detach().double() / config.accumulate
+                        position["sums"][key] = position["sums"].get(key, 0) + part_of_sum
+                if config.clip_grad:
+                    nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_grad)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if average is not None:
+                    _update_average(average, task.model, config.ema_decay)
+                position["step"] += 1
+                position["images"] += batch_size
+
+                now = time.perf_counter()
+                position["seconds"] = before + now - begun
+                stopping = _any(engine, stop.is_set())
+                if now - shown > SHOW_SECONDS or stopping:
+                    shown = now
+                    loss = float(position["sums"]["loss"]) / (step % per_epoch + 1)
+                    check(loss)
+                    rate = batch_size * (position["step"] - first_step) / (now - begun)
+                    text = f"epoch {step // per_epoch + 1}/{config.epochs}  loss {loss:.4f}{task.note}"
+                    log.step(position["step"], f"{text}  lr {_top_rate(optimizers):.2e}  {rate:.0f} images/s")
+                if position["step"] % per_epoch == 0:
+                    epoch = position["step"] // per_epoch
+                    sums, position["sums"] = position["sums"], {}
+                    position["train"] = {k: _mean(engine, v) / per_epoch for k, v in sums.items()}
+                    check(position["train"]["loss"])
+                    judged.eval()
+                    with torch.no_grad(), engine.autocast():
+                        val = task.validate(judged, epoch)
+                    better = val[task.metric] > position["best"].get(task.metric, -math.inf)
+                    if not task.higher_is_better:
+                        better = val[task.metric] < position["best"].get(task.metric, math.inf)
+                    if better:
+                        position |= {"best_epoch": epoch, "best": val}
+                        if engine.is_global_zero:
+                            save_model(best, task.spec, judged.state_dict())
+                    position["seconds"] = before + time.perf_counter() - begun
+                    rates = {"lr": _top_rate(optimizers), "images_per_s": position["images"] / position["seconds"]}
+                    log.epoch(epoch, "train", **position["train"], **rates, seconds=position["seconds"])
+                    log.epoch(epoch, "val", **val)
+                    left = (total_steps - position["step"]) * (time.perf_counter() - begun)
+                    named = {f"train {k}": v for k, v in position["train"].items()}
+                    named |= {f"val {k}": v for k, v in val.items()}
+                    log.line(
+                        f"epoch {epoch}/{config.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in named.items())
+                        + f"{task.note}  lr {rates['lr']:.2e}  {rates['images_per_s']:.0f} images/s"
+                        f"  {_in_words(left / (position['step'] - first_step))} left"
+                    )  # fmt: skip
+                    save()
+                elif stopping:
+                    save()
+                if stopping and position["step"] < total_steps:
+                    raise Interrupted(
+                        f"stopped at step {position['step']} of {total_steps} and saved in {folder};"
+                        " the same command goes on from there"
+                    )
+    finally:
+        log.close()
+    task.model.load_state_dict(load_file(best / "model.safetensors"))
+    return Outcome(
+        epochs=position["step"] // per_epoch,
+        best_epoch=position["best_epoch"],
+        val=position["best"],
+        train=position["train"],
+        train_time_s=round(position["seconds"], 2),
+        images_per_s=round(position["images"] / position["seconds"], 1),
+    )
+
+
+def _stale(position: dict[str, Any], per_epoch: int, patience: int) -> bool:
+    """Whether validation has not improved for `patience` whole epochs."""
+    return patience > 0 and position["step"] // per_epoch - position["best_epoch"] >= patience
+
+
+def _any(engine: Engine, flag: bool) -> bool:
+    """Whether any process raised the flag; without this, processes would stop at different steps and wait forever."""
+    if engine.world_size == 1:
+        return flag
+    return _mean(engine, torch.tensor(float(flag), device=engine.device)) > 0
+
+
+def _mean(engine: Engine, value: torch.Tensor) -> float:
+    """Mean of a scalar over all processes."""
+    return float(cast(torch.Tensor, engine.all_reduce(value, reduce_op="mean")))
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights (Polyak and Juditsky 1992)."""
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - decay)
+
+
+def _top_rate(optimizers: Any) -> float:
+    return max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _in_words(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,0 +1,56 @@
+"""Small real data for every test, read from `tests/data` without a download."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maelab.data.datasets import Dataset, ImageSet, cifar_set, idx_set
+
+DATA = Path(__file__).parent / "data"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "data: needs the full sets in the cache; skipped where they are not")
+
+
+def _idx(part: str) -> ImageSet:
+    return idx_set(*((DATA / f"mnist-{part}-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")))
+
+
+@pytest.fixture(scope="session")
+def mnist_small() -> Dataset:
+    """600 training and 200 test images of MNIST, balanced: uint8 (N, 1, 28, 28). Do not write into the tensors."""
+    return Dataset("mnist", _idx("train"), _idx("t10k"), tuple("0123456789"), {})
+
+
+@pytest.fixture(scope="session")
+def cifar_small() -> Dataset:
+    """300 training and 100 test images of CIFAR-10, balanced: uint8 (N, 3, 32, 32). Do not write into the tensors."""
+    train, test = (cifar_set([gzip.decompress((DATA / f"cifar10-{p}.bin.gz").read_bytes())]) for p in ("train", "test"))
+    return Dataset("cifar10", train, test, CIFAR10_CLASSES, {})
+
+
+def write_folder(folder: Path, data: ImageSet, class_names: tuple[str, ...], n: int) -> Path:
+    """Write the first `n` images of every class of `data` as PNG files into one sub-folder per class."""
+    assert data.labels is not None
+    for label, name in enumerate(class_names):
+        (folder / name).mkdir(parents=True)
+        for i in (data.labels == label).nonzero()[:n, 0].tolist():
+            pixels = data.images[i].permute(1, 2, 0).squeeze(-1).numpy()  # (H, W) or (H, W, 3)
+            Image.fromarray(pixels).save(folder / name / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_folder(mnist_small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 300 real digits, grey PNG of 28 x 28, in class sub-folders: for `--data folder:PATH`. Read only."""
+    return write_folder(tmp_path_factory.mktemp("digits") / "digits", mnist_small.train, mnist_small.class_names, 30)
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(cifar_small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 real CIFAR-10 images, RGB PNG of 32 x 32, in class sub-folders. Read only."""
+    return write_folder(tmp_path_factory.mktemp("cifar") / "cifar", cifar_small.train, cifar_small.class_names, 20)
