@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from maelab.model import fast
 from maelab.model.pos_embed import sincos_pos_embed
 
 LAYER_NORM_EPS = 1e-6
@@ -45,11 +46,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The factor of each sample of x, (B, 1, 1); None where all are kept."""
         if self.rate == 0.0 or not self.training:
-            return x
+            return None
         keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        return x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scale(x)
+        return x if scale is None else x * scale
 
 
 class PatchEmbed(nn.Module):
@@ -111,6 +117,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, tail: int | None = None) -> torch.Tensor:
         """Tokens (B, L, D) -> (B, L, D); with `tail`, only the last `tail` tokens, which still attend to all."""
+        if fast.usable(self, x):
+            return fast.run(self, x, tail)
         attended = self.drop_path(self.attn(self.norm1(x), tail))
         x = (x if tail is None else x[:, x.shape[1] - tail :]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))

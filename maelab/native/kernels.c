@@ -1,0 +1,750 @@
+// One pre-norm Transformer block, forward and backward, in bfloat16 on Intel AMX.
+//
+// A thread takes a few samples at a time (a chunk) through the whole block, so that every activation between the
+// block's input and its output stays in the core's own cache. Nothing but the input is kept for the backward pass,
+// which computes the rest again: that costs less than writing it to memory and reading it back. Matrix products run
+// on 16x16 tiles (bfloat16 factors, float32 sums); norms, softmax, GELU, residuals and reductions are float32.
+//
+// Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
+
+#include <immintrin.h>
+#include <malloc.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef uint16_t bf16;
+typedef struct {
+    int64_t B, L, T, D, H, F;  // samples, tokens in, tokens out (the last T), width, heads, hidden width of the MLP
+    int64_t threads, rows;     // rows: about how many tokens to take at a time
+    float eps;
+    const float *x, *scale1, *scale2;  // (B, L, D); stochastic depth per sample (B,) of each branch, or NULL
+    const float *n1w, *n1b, *qkvb, *projb, *n2w, *n2b, *fc1b, *fc2b, *qkvw, *projw, *fc1w, *fc2w;  // qkvb may be NULL
+    float *y;           // (B, T, D)
+    bf16 *packed;       // (12 D^2 for F = 4 D) weights in tile order, for the forward products
+    const float *dy;    // backward: (B, T, D)
+    float *dx, *grads;  // (B, L, D); gradients one after the other, in the order of the parameters above
+    char *work;
+    int64_t need_weights;
+} Block;
+
+#define INLINE static inline __attribute__((always_inline))
+#define UP(n, m) (((n) + (m) - 1) / (m) * (m))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+// ------------------------------------------------------------------------------------------------- small helpers
+
+INLINE __m512 from_bf16(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+INLINE __m512i two_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+INLINE void to_bf16(bf16 *p, __m512 v) { _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+INLINE __m512 exp2_(__m512 x) {  // 2^x, relative error 2e-6
+    __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.3333558e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// gelu(x) = x Phi(x) and its slope, as 1/2 plus odd polynomials (least largest error on [-4, 4], constant beyond): off by
+// at most 4e-5 and 6e-5 inside, and by 1.4e-4 and 6e-4 below -4, where bfloat16 rounds numbers near one to 2e-3.
+INLINE void odd_polynomial(__m512 out[4], const __m512 x[4], const __m512 square[4], const float *c, int degree) {
+    for (int j = 0; j < 4; j++) out[j] = _mm512_set1_ps(c[degree]);
+    for (int i = degree - 1; i >= 0; i--)
+        for (int j = 0; j < 4; j++) out[j] = _mm512_fmadd_ps(out[j], square[j], _mm512_set1_ps(c[i]));
+    for (int j = 0; j < 4; j++) out[j] = _mm512_fmadd_ps(out[j], x[j], _mm512_set1_ps(0.5f));
+}
+INLINE void gelu(__m512 v[4], __m512 *slope) {  // four at a time hide the latency of the chains
+    static const float cdf[] = {3.986733963e-01f, -6.588784637e-02f, 9.505400093e-03f, -1.006490852e-03f,
+                                7.485510719e-05f, -3.657137453e-06f, 1.041962242e-07f, -1.301297324e-09f};
+    static const float derivative[] = {7.976095597e-01f, -2.648265627e-01f, 5.845612673e-02f, -8.716330954e-03f, 9.073288314e-04f,
+                                       -6.495784074e-05f, 3.028365727e-06f, -8.218866466e-08f, 9.796150433e-10f};
+    __m512 x[4], square[4], p[4];
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_max_ps(v[j], _mm512_set1_ps(-4.0f));
+        x[j] = _mm512_min_ps(v[j], _mm512_set1_ps(4.0f));
+        square[j] = _mm512_mul_ps(x[j], x[j]);
+    }
+    odd_polynomial(p, x, square, cdf, 7);
+    for (int j = 0; j < 4; j++) v[j] = _mm512_mul_ps(v[j], p[j]);
+    if (slope) odd_polynomial(slope, x, square, derivative, 8);
+}
+
+INLINE void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        t[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+// --------------------------------------------------------------------------------------------------------- tiles
+//
+// A tile is 16 rows of 64 bytes. C (16 x 16 float32) += A (16 x 32 bfloat16) B, where B holds 32 x 16 elements as
+// pairs of rows: B[p][n] = (b[2 p][n], b[2 p + 1][n]).
+
+static void tiles_on(void) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+}
+
+// C (16 mt x 16 nt) [+]= A B over kt tiles. Strides in bytes: A from tile to tile down (am), right (ak) and from row
+// to row (lda); B's columns of tiles are bn apart, its tiles 1024; C's rows are ldc apart.
+INLINE void tile_mul(int mt, int nt, long kt, const void *a_, long am, long ak, long lda, const void *b_, long bn,
+                     void *c_, long ldc, int add) {
+    const char *a = a_, *b = b_;
+    char *c = c_;
+    __asm__ volatile("" ::: "memory");
+    if (add) {
+        _tile_loadd(0, c, ldc);
+        if (nt > 1) _tile_loadd(1, c + 64, ldc);
+        if (mt > 1) _tile_loadd(2, c + 16 * ldc, ldc);
+        if (mt > 1 && nt > 1) _tile_loadd(3, c + 16 * ldc + 64, ldc);
+    } else {
+        _tile_zero(0);
+        if (nt > 1) _tile_zero(1);
+        if (mt > 1) _tile_zero(2);
+        if (mt > 1 && nt > 1) _tile_zero(3);
+    }
+    for (long k = 0; k < kt; k++, a += ak, b += 1024) {
+        _tile_loadd(4, a, lda);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (nt > 1) {
+            _tile_loadd(7, b + bn, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (mt > 1) {
+            _tile_loadd(5, a + am, lda);
+            _tile_dpbf16ps(2, 5, 6);
+            if (nt > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, ldc);
+    if (nt > 1) _tile_stored(1, c + 64, ldc);
+    if (mt > 1) _tile_stored(2, c + 16 * ldc, ldc);
+    if (mt > 1 && nt > 1) _tile_stored(3, c + 16 * ldc + 64, ldc);
+    __asm__ volatile("" ::: "memory");
+}
+
+static void mul(long mt, long nt, long kt, const void *a_, long am, long ak, long lda, const void *b_, void *c_,
+                long ldc) {
+    for (long m = 0; m < mt; m += 2)
+        for (long n = 0; n < nt; n += 2) {
+            const char *a = (const char *)a_ + m * am, *b = (const char *)b_ + n * kt * 1024;
+            char *c = (char *)c_ + m * 16 * ldc + n * 64;
+            if (m + 1 < mt && n + 1 < nt) tile_mul(2, 2, kt, a, am, ak, lda, b, kt * 1024, c, ldc, 0);
+            else if (m + 1 < mt) tile_mul(2, 1, kt, a, am, ak, lda, b, 0, c, ldc, 0);
+            else if (n + 1 < nt) tile_mul(1, 2, kt, a, am, ak, lda, b, kt * 1024, c, ldc, 0);
+            else tile_mul(1, 1, kt, a, am, ak, lda, b, 0, c, ldc, 0);
+        }
+}
+
+// Packing matrices that are summed over their rows leaves each group of 32 columns in the order in which the unpack
+// instructions deal them out: position p of tile t is column 8 (p / 4) + 4 t + p % 4.
+INLINE long position(long column) {
+    long c = column & 31;
+    return (column & ~31L) + ((c & 4) << 2) + ((c >> 3) << 2) + (c & 3);
+}
+INLINE void in_order(__m512 *low, __m512 *high) {  // two tiles' rows -> columns 0..15 and 16..31
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    __m512 l = _mm512_permutex2var_ps(*low, first, *high);
+    *high = _mm512_permutex2var_ps(*low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), *high);
+    *low = l;
+}
+
+// src (rows, cols), rows `ld` apart, as one factor of a product summed over the rows: the right one (B), or
+// transposed the left one (A). Rows are filled with zeros to a multiple of 32. Tile (i, k) is the (i RB + k)-th for
+// columns 16 i... and rows 32 k..., RB = rows / 32 rounded up. Also adds the sum of each column to `sums`, if given.
+INLINE void pack_rows(const bf16 *src, long ld, long rows, long cols, bf16 *out, int left, float *sums) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    long RB = UP(rows, 32) / 32;
+    for (long c = 0; c < cols; c += 32) {
+        __mmask32 mask = cols - c >= 32 ? 0xffffffffu : 0xffffu;
+        __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
+        for (long k = 0; k < RB; k++) {
+            __m512i low[16], high[16];
+            bf16 *o = out + ((c / 16) * RB + k) * 512;
+            for (int i = 0; i < 16; i++) {
+                long r = k * 32 + 2 * i;
+                __m512i a = r < rows ? _mm512_maskz_loadu_epi16(mask, src + r * ld + c) : _mm512_setzero_si512();
+                __m512i b = r + 1 < rows ? _mm512_maskz_loadu_epi16(mask, src + r * ld + ld + c) : _mm512_setzero_si512();
+                low[i] = _mm512_unpacklo_epi16(a, b);
+                high[i] = _mm512_unpackhi_epi16(a, b);
+                if (sums) {
+                    sum0 = _mm512_dpbf16_ps(sum0, (__m512bh)low[i], ones);
+                    sum1 = _mm512_dpbf16_ps(sum1, (__m512bh)high[i], ones);
+                }
+            }
+            if (left) transpose(low);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(o + i * 32, low[i]);
+            if (left) transpose(high);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(o + RB * 512 + i * 32, high[i]);
+        }
+        if (sums) {
+            in_order(&sum0, &sum1);
+            _mm512_storeu_ps(sums + c, _mm512_add_ps(_mm512_loadu_ps(sums + c), sum0));
+            if (cols - c >= 32) _mm512_storeu_ps(sums + c + 16, _mm512_add_ps(_mm512_loadu_ps(sums + c + 16), sum1));
+        }
+    }
+}
+static void pack_left(const bf16 *src, long ld, long rows, long cols, bf16 *out, float *sums) {
+    if (sums) pack_rows(src, ld, rows, cols, out, 1, sums);
+    else pack_rows(src, ld, rows, cols, out, 1, 0);
+}
+static void pack_right(const bf16 *src, long ld, long rows, long cols, bf16 *out, float *sums) {
+    if (sums) pack_rows(src, ld, rows, cols, out, 0, sums);
+    else pack_rows(src, ld, rows, cols, out, 0, 0);
+}
+
+// src (rows, cols) as right factor of a product summed over its columns (k^T in q k^T), zeros beyond.
+static void pack_columns(const bf16 *src, long ld, long rows, long cols, bf16 *out) {
+    for (long r = 0; r < rows; r += 16)
+        for (long c = 0; c < cols; c += 32, out += 512) {
+            __m512i t[16];
+            __mmask32 mask = cols - c >= 32 ? 0xffffffffu : 0xffffu;
+            for (int i = 0; i < 16; i++)
+                t[i] = r + i < rows ? _mm512_maskz_loadu_epi16(mask, src + (r + i) * ld + c) : _mm512_setzero_si512();
+            transpose(t);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(out + i * 32, t[i]);
+        }
+}
+
+// Weights w (N, K) float32 -> right factor of x w^T (forward) or of g w (backward): tiles [from, to) of 32 columns.
+static void pack_weight(const float *w, long N, long K, bf16 *out, int backward, long from, long to) {
+    __m512i t[32];
+    for (long g = from; g < to; g++)
+        for (long k = 0; k < (backward ? N : K); k += 32) {
+            const float *s = backward ? w + k * K + g * 32 : w + g * 32 * K + k;  // 32 x 32 elements
+            for (int i = 0; i < 32; i++)
+                t[i] = two_to_bf16(_mm512_loadu_ps(s + i * K), _mm512_loadu_ps(s + i * K + 16));
+            bf16 *o = out + g * 32 * (backward ? N : K) + k * 16, *p = o + 16 * (backward ? N : K);
+            if (backward) {
+                __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                                 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+                __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+                for (int i = 0; i < 16; i++) {
+                    _mm512_storeu_si512(o + i * 32, _mm512_permutex2var_epi16(t[2 * i], first, t[2 * i + 1]));
+                    _mm512_storeu_si512(p + i * 32, _mm512_permutex2var_epi16(t[2 * i], second, t[2 * i + 1]));
+                }
+            } else {
+                transpose(t);
+                transpose(t + 16);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(o + i * 32, t[i]);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(p + i * 32, t[16 + i]);
+            }
+        }
+}
+
+// -------------------------------------------------------------------------------------------- products by weights
+
+enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32 };
+
+// What becomes of 32 columns of one row of a product, v, at `at` in the result:
+//   STORE       out = v + bias                      GELU       out = gelu(v + bias)
+//   ADD_TO      sum = from + scale (v + bias)       GELU_BOTH  the same, and grad = gelu'(v + bias)
+//   STORE_F32   sum = v                             TIMES      grad *= v
+typedef struct {
+    bf16 *out, *grad;
+    const float *bias, *from, *scale;
+    float *sum;
+} Finish;
+
+// Rows `row` and `row + 1`, of which the second may lie beyond the last one: only the caller's memory minds.
+INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, long rows, long n, long N) {
+    __m512 v[4], slope[4], b0 = _mm512_setzero_ps(), b1 = b0;
+    long at[2] = {row * N + n, row * N + N + n};
+    if (f->bias) b0 = _mm512_loadu_ps(f->bias + n), b1 = _mm512_loadu_ps(f->bias + n + 16);
+    for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(c + 16 * j);
+    if (f->bias)
+        for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(v[j], j & 1 ? b1 : b0);
+    if (kind == GELU) gelu(v, 0);
+    if (kind == GELU_BOTH) gelu(v, slope);
+    for (int r = 0; r < 2; r++) {
+        __m512 low = v[2 * r], high = v[2 * r + 1];
+        if (kind == STORE_F32) {
+            _mm512_storeu_ps(f->sum + at[r], low);
+            _mm512_storeu_ps(f->sum + at[r] + 16, high);
+        } else if (kind == ADD_TO) {
+            if (row + r >= rows) break;
+            __m512 s = _mm512_set1_ps(f->scale[row + r]);
+            _mm512_storeu_ps(f->sum + at[r], _mm512_fmadd_ps(low, s, _mm512_loadu_ps(f->from + at[r])));
+            _mm512_storeu_ps(f->sum + at[r] + 16, _mm512_fmadd_ps(high, s, _mm512_loadu_ps(f->from + at[r] + 16)));
+        } else if (kind == TIMES) {
+            low = _mm512_mul_ps(low, from_bf16(f->grad + at[r])), high = _mm512_mul_ps(high, from_bf16(f->grad + at[r] + 16));
+            _mm512_storeu_si512(f->grad + at[r], two_to_bf16(low, high));
+        } else {
+            _mm512_storeu_si512(f->out + at[r], two_to_bf16(low, high));
+            if (kind == GELU_BOTH) _mm512_storeu_si512(f->grad + at[r], two_to_bf16(slope[2 * r], slope[2 * r + 1]));
+        }
+    }
+}
+
+// x (rows, K) times packed weights -> (rows, N), by pieces of 32 x 32. The rows of one piece are finished between the
+// tile instructions of the next, so that the vector units work while the tile unit does. Long products go in parts of
+// K that fit the first-level cache; `c` holds the sums, max(N, 64) x 32.
+static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const bf16 *x, const bf16 *w, float *c, Finish f) {
+    long parts = K >= 512 && N > 32 ? (K + 255) / 256 : 1, KT = K / 32;
+    const float *ready = 0;  // the piece to finish, at row and column:
+    long ready_m = 0, ready_n = 0, ready_pairs = 0, turn = 0;
+    for (long m = 0; m < rows; m += 32)
+        for (long part = 0; part < parts; part++) {
+            long from = KT * part / parts, steps = KT * (part + 1) / parts - from;
+            for (long n = 0; n < N; n += 32) {
+                float *o = c + (parts > 1 ? n * 32 : (turn++ & 1) * 1024);
+                int two = rows - m > 16;
+                const char *a = (const char *)(x + m * K + from * 32), *b = (const char *)(w + n * K + from * 512);
+                __asm__ volatile("" ::: "memory");
+                if (part) {
+                    _tile_loadd(0, o, 128);
+                    _tile_loadd(1, o + 16, 128);
+                    if (two) _tile_loadd(2, o + 512, 128);
+                    if (two) _tile_loadd(3, o + 528, 128);
+                } else {
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    _tile_zero(2);
+                    _tile_zero(3);
+                }
+                long done = 0, share = 0;
+                for (long k = 0; k < steps; k++, a += 64, b += 1024) {
+                    _tile_loadd(4, a, 2 * K);
+                    _tile_loadd(6, b, 64);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_loadd(7, b + 32 * K, 64);
+                    _tile_dpbf16ps(1, 4, 7);
+                    if (two) {
+                        _tile_loadd(5, a + 32 * K, 2 * K);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                    for (share += ready_pairs; share >= steps; share -= steps, done += 2)
+                        finish_rows(kind, &f, ready + done * 32, ready_m + done, rows, ready_n, N);
+                }
+                _tile_stored(0, o, 128);
+                _tile_stored(1, o + 16, 128);
+                if (two) _tile_stored(2, o + 512, 128);
+                if (two) _tile_stored(3, o + 528, 128);
+                __asm__ volatile("" ::: "memory");
+                ready = o, ready_m = m, ready_n = n, ready_pairs = part == parts - 1 ? MIN(rows - m + 1, 32) / 2 : 0;
+            }
+        }
+    for (long i = 0; i < 2 * ready_pairs; i += 2) finish_rows(kind, &f, ready + i * 32, ready_m + i, rows, ready_n, N);
+}
+
+// Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB.
+static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, int add) {
+    long RB = UP(rows, 32) / 32;
+    for (long m = 0; m < M; m += 32)
+        for (long n = 0; n < N; n += 32, out += 1024)
+            tile_mul(2, 2, RB, a + m * RB * 32, RB * 1024, 1024, 64, b + n * RB * 32, RB * 1024, out, 128, add);
+}
+
+// Sum the pieces of all parts in order and write them as a row-major matrix (M, N), or (N, M) when transposed.
+static void unpack(const float *acc, long stride, long parts, long M, long N, int transposed, float *out, long from, long to) {
+    for (long piece = from; piece < to; piece++) {
+        long m = piece / (N / 32) * 32, n = piece % (N / 32) * 32;
+        __m512i low[32], high[32];
+        for (int r = 0; r < 32; r++) {
+            const float *s = acc + piece * 1024 + position(r) * 32;
+            __m512 l = _mm512_loadu_ps(s), h = _mm512_loadu_ps(s + 16);
+            for (long p = 1; p < parts; p++) {
+                l = _mm512_add_ps(l, _mm512_loadu_ps(s + p * stride));
+                h = _mm512_add_ps(h, _mm512_loadu_ps(s + p * stride + 16));
+            }
+            in_order(&l, &h);
+            if (!transposed) {
+                _mm512_storeu_ps(out + (m + r) * N + n, l);
+                _mm512_storeu_ps(out + (m + r) * N + n + 16, h);
+            } else low[r] = _mm512_castps_si512(l), high[r] = _mm512_castps_si512(h);
+        }
+        if (!transposed) continue;
+        for (int half = 0; half < 2; half++) {
+            transpose(low + 16 * half);
+            transpose(high + 16 * half);
+            for (int i = 0; i < 16; i++) {
+                _mm512_storeu_si512(out + (n + i) * M + m + 16 * half, low[16 * half + i]);
+                _mm512_storeu_si512(out + (n + 16 + i) * M + m + 16 * half, high[16 * half + i]);
+            }
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- norms
+
+INLINE void norm_row(const float *x, long D, float eps, const float *w, const float *b, bf16 *out, float *stats) {
+    __m512 sum = _mm512_setzero_ps(), square = sum;
+    for (long i = 0; i < D; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
+    for (long i = 0; i < D; i += 16) {
+        __m512 v = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+        square = _mm512_fmadd_ps(v, v, square);
+    }
+    float inverse = 1.0f / sqrtf(_mm512_reduce_add_ps(square) / D + eps);
+    __m512 r = _mm512_set1_ps(inverse);
+    for (long i = 0; i < D; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r);
+        to_bf16(out + i, _mm512_fmadd_ps(v, _mm512_loadu_ps(w + i), _mm512_loadu_ps(b + i)));
+    }
+    stats[0] = _mm512_cvtss_f32(mean), stats[1] = inverse;
+}
+
+// out = other + the gradient through the norm of row x, given g, that of its result; adds to dw and db.
+INLINE void norm_row_grad(const float *g, const float *x, long D, const float *stats, const float *w, float *dw,
+                          float *db, const float *other, float *out) {
+    __m512 mean = _mm512_set1_ps(stats[0]), r = _mm512_set1_ps(stats[1]), sum = _mm512_setzero_ps(), dot = sum;
+    for (long i = 0; i < D; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r), d = _mm512_loadu_ps(g + i);
+        _mm512_storeu_ps(db + i, _mm512_add_ps(_mm512_loadu_ps(db + i), d));
+        _mm512_storeu_ps(dw + i, _mm512_fmadd_ps(d, v, _mm512_loadu_ps(dw + i)));
+        d = _mm512_mul_ps(d, _mm512_loadu_ps(w + i));
+        sum = _mm512_add_ps(sum, d);
+        dot = _mm512_fmadd_ps(d, v, dot);
+    }
+    __m512 a = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D), b = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / D);
+    for (long i = 0; i < D; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r);
+        __m512 d = _mm512_fmsub_ps(_mm512_loadu_ps(g + i), _mm512_loadu_ps(w + i), _mm512_fmadd_ps(v, b, a));
+        __m512 o = other ? _mm512_loadu_ps(other + i) : _mm512_setzero_ps();
+        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(d, r, o));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- one thread's work
+
+typedef struct {
+    long n, R, Q, Lk, Tp, dk;  // samples of a chunk; rows in and out; L to 32, T to 16, head width to 32
+    bf16 *xn1, *qkv, *ao, *xn2, *a, *da, *g, *dqkv, *left, *right, *p, *heads[4];
+    float *x1, *dx1, *dxn, *s, *o, *c, *stats1, *stats2, *scale1, *scale2;
+    float *vectors, *qkvw, *projw, *fc1w, *fc2w;  // sums of gradients
+    long matrices;                                // how many floats the four last hold together
+} Work;
+
+static long vector_count(const Block *p) { return 9 * p->D + p->F; }  // norm1 2, qkv 3, proj 1, norm2 2, fc2 1; fc1
+
+// Lay out a thread's workspace from `base` on; returns its size in bytes.
+static size_t layout(const Block *p, Work *w, char *base, int backward) {
+    size_t used = 0;
+    long D = p->D, F = p->F, d = D / p->H;
+    w->n = p->rows / p->L > 0 ? p->rows / p->L : 1;
+    w->n = MIN(w->n, p->B);
+    w->R = w->n * p->L, w->Q = w->n * p->T;
+    w->Lk = UP(p->L, 32), w->Tp = UP(p->T, 32), w->dk = UP(d, 32);
+    long R = UP(w->R, 32) + 32, Q = UP(w->Q, 32) + 32;
+#define TAKE(field, count) (w->field = (void *)(base + used), used += UP((count) * sizeof(*w->field), 64))
+    TAKE(xn1, R * D);
+    TAKE(qkv, (R + w->Lk) * 3 * D);  // heads are read in whole tiles, beyond the last row
+    TAKE(ao, (Q + w->Lk) * D);
+    TAKE(x1, Q * D);
+    TAKE(xn2, Q * D);
+    TAKE(a, Q * F);
+    TAKE(p, (backward ? w->n * p->H : 1) * w->Tp * w->Lk);
+    TAKE(s, w->Tp * w->Lk);
+    TAKE(o, w->Lk * w->dk);
+    TAKE(c, 32 * (D > 64 ? D : 64));
+    for (int i = 0; i < 4; i++) TAKE(heads[i], w->Lk * (i < 2 ? w->dk : w->Tp > w->dk ? w->Tp : w->dk));
+    TAKE(stats1, 2 * R);
+    TAKE(stats2, 2 * Q);
+    TAKE(scale1, Q);
+    TAKE(scale2, Q);
+    if (backward) {
+        TAKE(da, Q * F);
+        TAKE(g, (Q + w->Lk) * D);
+        TAKE(dx1, Q * D);
+        TAKE(dxn, R * D);
+        TAKE(dqkv, R * 3 * D);
+        TAKE(left, R * D);
+        TAKE(right, R * (F > 3 * D ? F : 3 * D));
+        TAKE(vectors, vector_count(p));
+        TAKE(qkvw, 3 * D * D);
+        TAKE(projw, D * D);
+        TAKE(fc1w, D * F);
+        TAKE(fc2w, D * F);
+        w->matrices = 4 * D * D + 2 * D * F;
+    }
+#undef TAKE
+    return UP(used, 4096) + 192;  // not a multiple of the cache's period
+}
+
+int64_t block_workspace(const Block *p, int64_t backward) {
+    Work w;
+    size_t weights = UP(2 * (4 * p->D * p->D + 2 * p->D * p->F), 4096);
+    return p->threads * layout(p, &w, 0, backward) + (backward ? weights : 0) + 4096;
+}
+
+// softmax(q k^T / sqrt(d)) into `prob` (T, Lk), then o = prob v. q: the last T tokens of one sample's head.
+static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *prob, bf16 *out) {
+    long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
+    pack_columns(k, ld, L, d, w->heads[0]);
+    pack_right(v, ld, L, d, w->heads[1], 0);
+    mul(UP(T, 16) / 16, lt, dk / 32, q, 32 * ld, 64, 2 * ld, w->heads[0], w->s, 4 * Lk);
+    __m512 scale = _mm512_set1_ps(1.44269504f / sqrtf(d));
+    __mmask16 last = L % 16 ? (1u << L % 16) - 1 : 0xffff;
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    for (long t = 0; t < T; t++) {
+        float *s = w->s + t * Lk;
+        bf16 *o = prob + t * Lk;
+        __m512 top = lowest, sum = _mm512_setzero_ps();
+        _mm512_store_ps(s + (lt - 1) * 16, _mm512_mask_mov_ps(lowest, last, _mm512_load_ps(s + (lt - 1) * 16)));
+        for (long i = 0; i < lt; i++) top = _mm512_max_ps(top, _mm512_load_ps(s + i * 16));
+        top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(top)), scale);
+        for (long i = 0; i < lt; i++) {
+            __m512 e = exp2_(_mm512_fmsub_ps(_mm512_load_ps(s + i * 16), scale, top));
+            sum = _mm512_add_ps(sum, e);
+            _mm512_store_ps(s + i * 16, e);
+        }
+        __m512 r = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+        for (long i = 0; i < lt; i++) to_bf16(o + i * 16, _mm512_mul_ps(_mm512_load_ps(s + i * 16), r));
+        if (lt * 16 < Lk) _mm256_storeu_si256((void *)(o + lt * 16), _mm256_setzero_si256());
+    }
+    mul(UP(T, 16) / 16, dk / 16, Lk / 32, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
+    for (long c = 0; c < d; c += 32) {
+        __mmask32 mask = d - c >= 32 ? 0xffffffffu : 0xffffu;
+        for (long t = 0; t < T; t++) {
+            __m512 low = _mm512_load_ps(w->o + t * dk + c), high = _mm512_load_ps(w->o + t * dk + c + 16);
+            in_order(&low, &high);
+            _mm512_mask_storeu_epi16(out + t * D + c, mask, two_to_bf16(low, high));
+        }
+    }
+}
+
+// Write rows of w->o (n, d), whose columns (and rows, if `both`) are in packing order, as bfloat16.
+static void write_head(const Work *w, long n, long d, int both, bf16 *out, long ld) {
+    for (long c = 0; c < d; c += 32) {
+        __mmask32 mask = d - c >= 32 ? 0xffffffffu : 0xffffu;
+        for (long t = 0; t < n; t++) {
+            const float *row = w->o + (both ? position(t) : t) * w->dk + c;
+            __m512 low = _mm512_load_ps(row), high = _mm512_load_ps(row + 16);
+            in_order(&low, &high);
+            _mm512_mask_storeu_epi16(out + t * ld + c, mask, two_to_bf16(low, high));
+        }
+    }
+}
+
+static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *prob, const bf16 *g,
+                        bf16 *dq, bf16 *dk_, bf16 *dv) {
+    long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
+    long tt = UP(T, 16) / 16, tb = UP(T, 32) / 32;
+    bf16 *turned = w->heads[2], *right = w->heads[3];
+    // dv = prob^T g
+    pack_left(prob, Lk, T, Lk, turned, 0);
+    pack_right(g, D, T, d, right, 0);
+    mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
+    write_head(w, L, d, 1, dv, ld);
+    // ds = prob (g v^T - sum) / sqrt(d), in place of prob
+    pack_columns(v, ld, L, d, w->heads[0]);
+    mul(tt, lt, dk / 32, g, 32 * D, 64, 2 * D, w->heads[0], w->s, 4 * Lk);
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(d));
+    for (long t = 0; t < T; t++) {
+        const float *s = w->s + t * Lk;
+        bf16 *o = prob + t * Lk;
+        __m512 sum = _mm512_setzero_ps();
+        for (long i = 0; i < lt; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(s + i * 16), from_bf16(o + i * 16), sum);
+        sum = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+        for (long i = 0; i < lt; i++) {
+            __m512 e = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + i * 16), sum), from_bf16(o + i * 16));
+            to_bf16(o + i * 16, _mm512_mul_ps(e, scale));
+        }
+    }
+    // dq = ds k
+    pack_right(k, ld, L, d, w->heads[1], 0);
+    mul(tt, dk / 16, Lk / 32, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
+    write_head(w, T, d, 0, dq, ld);
+    // dk = ds^T q
+    pack_left(prob, Lk, T, Lk, turned, 0);
+    pack_right(q, ld, T, d, right, 0);
+    mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
+    write_head(w, L, d, 1, dk_, ld);
+}
+
+// Samples [s0, s0 + n) through the block. With `backward`, stop before fc2 and keep gelu's slope.
+static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward) {
+    long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
+    const bf16 *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
+    for (long s = 0; s < n; s++)
+        for (long t = 0; t < L; t++) {
+            const float *x = p->x + ((s0 + s) * L + t) * D;
+            norm_row(x, D, p->eps, p->n1w, p->n1b, w->xn1 + (s * L + t) * D, w->stats1 + 2 * (s * L + t));
+            long q = s * T + t - (L - T);
+            if (t < L - T) continue;
+            memcpy(w->x1 + q * D, x, D * sizeof(float));
+            w->scale1[q] = p->scale1 ? p->scale1[s0 + s] : 1.0f;
+            w->scale2[q] = p->scale2 ? p->scale2[s0 + s] : 1.0f;
+        }
+    linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
+    for (long s = 0; s < n; s++)
+        for (long h = 0; h < H; h++) {
+            const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
+            attend(p, w, k - D + (L - T) * 3 * D, k, k + D, w->p + (backward ? (s * H + h) * w->Tp * w->Lk : 0),
+                   w->ao + s * T * D + h * d);
+        }
+    linear(ADD_TO, Q, D, D, w->ao, projw, w->c, (Finish){.sum = w->x1, .from = w->x1, .bias = p->projb, .scale = w->scale1});
+    for (long q = 0; q < Q; q++)
+        norm_row(w->x1 + q * D, D, p->eps, p->n2w, p->n2b, w->xn2 + q * D, w->stats2 + 2 * q);
+    if (backward) {
+        linear(GELU_BOTH, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .grad = w->da, .bias = p->fc1b});
+        return;
+    }
+    linear(GELU, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .bias = p->fc1b});
+    Finish last = {.sum = p->y + s0 * T * D, .from = w->x1, .bias = p->fc2b, .scale = w->scale2};
+    linear(ADD_TO, Q, D, F, w->a, fc2w, w->c, last);
+}
+
+// g = scale[row] * d as bfloat16
+static void scaled(const float *d, const float *scale, long rows, long D, bf16 *g) {
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < D; i += 16)
+            to_bf16(g + r * D + i, _mm512_mul_ps(_mm512_set1_ps(scale[r]), _mm512_loadu_ps(d + r * D + i)));
+}
+
+// `packed`: the weights for the way back. `add`: the sums of weight gradients hold something already.
+static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0, long n, int add) {
+    long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
+    const bf16 *qkvw = packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
+    const float *dy = p->dy + s0 * T * D;
+    float *n1w = w->vectors, *n1b = n1w + D, *qkvb = n1b + D, *projb = qkvb + 3 * D, *n2w = projb + D, *n2b = n2w + D,
+          *fc1b = n2b + D, *fc2b = fc1b + F;
+    forward_chunk(p, w, s0, n, 1);
+
+    scaled(dy, w->scale2, Q, D, w->g);
+    linear(TIMES, Q, F, D, w->g, fc2w, w->c, (Finish){.grad = w->da});
+    if (p->need_weights) {
+        pack_left(w->g, D, Q, D, w->left, fc2b);
+        pack_right(w->a, F, Q, F, w->right, 0);
+        accumulate(Q, D, F, w->left, w->right, w->fc2w, add);
+        pack_left(w->xn2, D, Q, D, w->left, 0);
+        pack_right(w->da, F, Q, F, w->right, fc1b);
+        accumulate(Q, D, F, w->left, w->right, w->fc1w, add);
+    }
+    linear(STORE_F32, Q, D, F, w->da, fc1w, w->c, (Finish){.sum = w->dxn});
+    for (long q = 0; q < Q; q++)
+        norm_row_grad(w->dxn + q * D, w->x1 + q * D, D, w->stats2 + 2 * q, p->n2w, n2w, n2b, dy + q * D, w->dx1 + q * D);
+
+    scaled(w->dx1, w->scale1, Q, D, w->g);
+    if (p->need_weights) {
+        pack_left(w->g, D, Q, D, w->left, projb);
+        pack_right(w->ao, D, Q, D, w->right, 0);
+        accumulate(Q, D, D, w->left, w->right, w->projw, add);
+    }
+    linear(STORE, Q, D, D, w->g, projw, w->c, (Finish){.out = w->ao});  // the gradient of ao, in its place
+    for (long s = 0; s < n; s++)
+        for (long h = 0; h < H; h++) {
+            const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
+            bf16 *dk = w->dqkv + s * L * 3 * D + D + h * d;
+            for (long t = 0; t < L - T; t++) memset(dk - D + t * 3 * D, 0, d * sizeof(bf16));
+            attend_grad(p, w, k - D + (L - T) * 3 * D, k, k + D, w->p + (s * H + h) * w->Tp * w->Lk,
+                        w->ao + s * T * D + h * d, dk - D + (L - T) * 3 * D, dk, dk + D);
+        }
+    if (p->need_weights) {
+        pack_left(w->xn1, D, R, D, w->left, 0);
+        pack_right(w->dqkv, 3 * D, R, 3 * D, w->right, qkvb);
+        accumulate(R, D, 3 * D, w->left, w->right, w->qkvw, add);
+    }
+    linear(STORE_F32, R, D, 3 * D, w->dqkv, qkvw, w->c, (Finish){.sum = w->dxn});
+    for (long s = 0; s < n; s++)
+        for (long t = 0; t < L; t++) {
+            long r = s * L + t, q = s * T + t - (L - T), at = ((s0 + s) * L + t) * D;
+            norm_row_grad(w->dxn + r * D, p->x + at, D, w->stats1 + 2 * r, p->n1w, n1w, n1b,
+                          t < L - T ? 0 : w->dx1 + q * D, p->dx + at);
+        }
+}
+
+// Share `part` of `parts` of packing all four matrices.
+static void pack_block(const Block *p, bf16 *out, int backward, long part, long parts) {
+    const float *w[] = {p->qkvw, p->projw, p->fc1w, p->fc2w};
+    long D = p->D, F = p->F, N[] = {3 * D, D, F, D}, K[] = {D, D, D, F};
+    for (int i = 0; i < 4; out += N[i] * K[i], i++) {
+        long groups = (backward ? K[i] : N[i]) / 32;
+        pack_weight(w[i], N[i], K[i], out, backward, groups * part / parts, groups * (part + 1) / parts);
+    }
+}
+
+void block_forward(const Block *p) {
+    long parts = p->threads;
+#pragma omp parallel num_threads(parts)
+#pragma omp for schedule(static, 1)
+    for (long part = 0; part < parts; part++) pack_block(p, p->packed, 0, part, parts);
+#pragma omp parallel num_threads(parts)
+#pragma omp for schedule(static, 1)
+    for (long part = 0; part < parts; part++) {
+        Work w;
+        size_t size = layout(p, &w, 0, 0);
+        layout(p, &w, (char *)UP((uintptr_t)p->work, 64) + part * size, 0);
+        tiles_on();
+        long end = p->B * (part + 1) / parts;
+        for (long s = p->B * part / parts; s < end; s += w.n) forward_chunk(p, &w, s, MIN(w.n, end - s), 0);
+        _tile_release();
+    }
+}
+
+void block_backward(const Block *p) {
+    long D = p->D, F = p->F, parts = p->threads;
+    bf16 *packed = (bf16 *)UP((uintptr_t)p->work, 64);
+    char *base = (char *)packed + UP(2 * (4 * D * D + 2 * D * F), 4096);
+    Work first;
+    size_t size = layout(p, &first, 0, 1);
+    layout(p, &first, base, 1);
+#pragma omp parallel num_threads(parts)
+#pragma omp for schedule(static, 1)
+    for (long part = 0; part < parts; part++) pack_block(p, packed, 1, part, parts);
+#pragma omp parallel num_threads(parts)
+#pragma omp for schedule(static, 1)
+    for (long part = 0; part < parts; part++) {
+        Work w;
+        layout(p, &w, base + part * size, 1);
+        memset(w.vectors, 0, vector_count(p) * sizeof(float));
+        tiles_on();
+        long begin = p->B * part / parts, end = p->B * (part + 1) / parts;
+        for (long s = begin; s < end; s += w.n) backward_chunk(p, &w, packed, s, MIN(w.n, end - s), s > begin);
+        _tile_release();
+    }
+    long count = vector_count(p), stride = size / sizeof(float);
+    for (long i = 0; i < count; i++) {
+        float sum = first.vectors[i];
+        for (long part = 1; part < parts; part++) sum += first.vectors[i + part * stride];
+        p->grads[i] = sum;
+    }
+    if (!p->need_weights) return;
+    struct { float *acc; long M, N; int transposed; } m[] = {
+        {first.qkvw, D, 3 * D, 1}, {first.projw, D, D, 0}, {first.fc1w, D, F, 1}, {first.fc2w, D, F, 0}};
+#pragma omp parallel num_threads(parts)
+#pragma omp for schedule(static, 1)
+    for (long part = 0; part < parts; part++) {
+        float *out = p->grads + count;
+        for (int i = 0; i < 4; out += m[i].M * m[i].N, i++) {
+            long pieces = m[i].M * m[i].N / 1024;
+            unpack(m[i].acc, stride, parts, m[i].M, m[i].N, m[i].transposed, out, pieces * part / parts,
+                   pieces * (part + 1) / parts);
+        }
+    }
+}
+
+// Ask the system for the use of tiles; 0 when they are there. Have malloc keep what is freed: otherwise every large
+// tensor of every step is mapped, faulted in page by page and unmapped again.
+int64_t start(void) {
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    return syscall(SYS_arch_prctl, 0x1023, 18);
+}

@@ -1,0 +1,180 @@
+"""The native blocks: errors against float32 no larger than autocast's own, for outputs and every gradient."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maelab.model import MaskedAutoencoderViT, VisionTransformer, fast
+from maelab.model.vit import Block
+
+native = pytest.mark.skipif(not fast.available(), reason=f"no native kernels: {fast.reason()}")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch):
+    """Call it to take the blocks through plain torch from then on."""
+    return lambda: monkeypatch.setattr(fast, "usable", lambda *_: False)
+
+
+def block_with_spread(dim: int, heads: int, **options) -> Block:
+    """A block whose every parameter matters: weights that give uneven attention, biases and norms off their start."""
+    block = Block(dim, heads, **options)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.08 if p.ndim > 1 else 0.3)
+    return block
+
+
+def results(block: torch.nn.Module, x: torch.Tensor, autocast: bool, *args) -> dict[str, torch.Tensor]:
+    """Output and all gradients for a fixed gradient of the output."""
+    x = x.clone().requires_grad_()
+    block.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = block(x, *args)
+    y.float().backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in block.named_parameters()}  # type: ignore[dict-item]
+
+
+def error(a: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((a.float() - exact).norm() / exact.norm().clamp_min(1e-12))
+
+
+SHAPES = [  # D, heads, L, tail, B
+    (192, 3, 17, None, 40),
+    (192, 3, 65, 48, 9),
+    (192, 3, 65, None, 5),
+    (96, 3, 17, None, 5),
+    (96, 6, 50, 12, 3),
+    (96, 2, 50, 16, 3),
+    (64, 4, 7, None, 1),
+    (64, 1, 1, None, 3),
+    (128, 2, 33, 1, 2),
+    (256, 2, 197, None, 2),
+]
+
+
+@native
+@pytest.mark.parametrize(("D", "heads", "L", "tail", "B"), SHAPES)
+def test_block_matches_float32_as_well_as_autocast_does(plain, D: int, heads: int, L: int, tail: int | None, B: int):
+    torch.manual_seed(0)
+    block, x = block_with_spread(D, heads), torch.randn(B, L, D) * 1.5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.usable(block, x)
+    native = results(block, x, True, tail)
+    plain()
+    exact, autocast = results(block, x, False, tail), results(block, x, True, tail)
+    for name in exact:
+        assert error(native[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + 1e-4, name
+
+
+@native
+def test_no_qkv_bias_and_other_mlp_width(plain):
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3, mlp_ratio=2.0, qkv_bias=False), torch.randn(4, 20, 96)
+    native = results(block, x, True)
+    plain()
+    for name, exact in results(block, x, False).items():
+        assert error(native[name], exact) < 0.02, name
+
+
+@native
+def test_drop_path_drops_the_same_samples(plain):
+    block, x = block_with_spread(96, 3, drop_path=0.5), torch.randn(16, 10, 96)
+    torch.manual_seed(5)
+    native = results(block, x, True)
+    plain()
+    torch.manual_seed(5)
+    for name, exact in results(block, x, False).items():
+        assert error(native[name], exact) < 0.02, name
+
+
+@native
+def test_same_input_same_bits():
+    torch.manual_seed(0)
+    block, x = block_with_spread(192, 3), torch.randn(64, 65, 192)
+    first, second = results(block, x, True), results(block, x, True)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@native
+def test_frozen_parameters_get_no_gradient():
+    block = block_with_spread(96, 3)
+    for p in block.attn.parameters():
+        p.requires_grad_(False)
+    gradients = results(block, torch.randn(3, 9, 96), True)
+    assert all((gradients[n] is None) == (not p.requires_grad) for n, p in block.named_parameters())
+    block.requires_grad_(False)
+    block.zero_grad()
+    x = torch.randn(3, 9, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in block.parameters())
+
+
+@native
+def test_gradients_accumulate():
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(6, 9, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x).square().sum().backward()
+        whole = [p.grad.clone() for p in block.parameters() if p.grad is not None]
+        block.zero_grad()
+        for half in x.split(3):
+            block(half).square().sum().backward()
+    for p, g in zip(block.parameters(), whole, strict=True):
+        assert p.grad is not None and error(p.grad, g) < 1e-2
+
+
+@native
+@pytest.mark.parametrize("class_token", [True, False])
+def test_whole_models(plain, class_token: bool):
+    torch.manual_seed(0)
+    mae = MaskedAutoencoderViT(
+        img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=3, num_heads=3, decoder_embed_dim=64,
+        decoder_depth=2, decoder_num_heads=4, class_token=class_token,
+    )  # fmt: skip
+    vit = VisionTransformer(
+        img_size=(32, 16), embed_dim=96, depth=3, num_classes=5, class_token=class_token,
+        global_pool="token" if class_token else "avg",
+    )  # fmt: skip
+    torch.nn.init.normal_(vit.head.weight, std=0.1)
+    imgs, noise = torch.rand(12, 1, 28, 28) * 2 - 1, torch.rand(12, 49)
+    photos = torch.rand(12, 3, 32, 16) * 2 - 1
+
+    def run(autocast: bool) -> dict[str, torch.Tensor]:
+        mae.zero_grad(), vit.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = mae.training_loss(imgs, noise=noise) + vit(photos).float().square().sum()
+        loss.backward()
+        grads = {n: p.grad for model in (mae, vit) for n, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), **grads}
+
+    native = run(True)
+    plain()
+    exact, autocast = run(False), run(True)
+    assert native.keys() == exact.keys()
+    for name in exact:  # a lone number's error is luck: grant it more than a matrix
+        slack = 5e-3 if exact[name].ndim == 0 else 1e-3
+        assert error(native[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + slack, name
+
+
+def test_float32_never_takes_the_native_path():
+    block, x = Block(96, 3), torch.randn(2, 5, 96)
+    assert not fast.usable(block, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fast.usable(block, x.double())
+        assert not fast.usable(Block(40, 2), torch.randn(2, 5, 40))
+
+
+@pytest.mark.parametrize("setting", [{"CC": "no-such-compiler"}, {"MAELAB_NATIVE": "0"}])
+def test_without_kernels_the_plain_path_runs_and_says_why(tmp_path, setting: dict[str, str]):
+    code = (
+        "import torch; from maelab.model import fast; from maelab.model.vit import Block\n"
+        "with torch.autocast('cpu', torch.bfloat16): print(Block(96, 3)(torch.randn(2, 5, 96)).shape)\n"
+        "print(fast.reason()); assert not fast.available()"
+    )
+    environment = {**os.environ, "MAELAB_DATA": str(tmp_path), **setting}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 2 and not done.stderr
