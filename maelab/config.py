@@ -281,6 +281,12 @@ class ComputeOptions(_Config):
     """where to compute"""
     threads: int | None = None
     """CPU threads; None takes one per core"""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto: maelab's own kernels for bf16 on a CPU with AMX, where a C compiler is at hand; torch: never those"""
+    attention: Literal["auto", "matmul", "fused"] = "auto"
+    """form of attention outside those kernels; auto: products in training on a CPU, else torch's fused kernel"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the blocks; auto: on CUDA, where its warm-up pays"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,12 @@
 """Small real data for every test, read from `tests/data` without a download."""
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import Maelab
 
 from maelab.data.datasets import Dataset, ImageSet, cifar_set, idx_set
 
@@ -64,3 +66,11 @@ def digits_folder(mnist_small: Dataset, tmp_path_factory: pytest.TempPathFactory
 def cifar_folder(cifar_small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 200 real CIFAR-10 images, RGB PNG of 32 x 32, in class sub-folders. Read only."""
     return write_folder(tmp_path_factory.mktemp("cifar") / "cifar", cifar_small.train, cifar_small.class_names, 20)
+
+
+@pytest.fixture(scope="session")
+def maelab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maelab]:
+    """The command `maelab` as real processes that start at once and see neither the real home nor the real cache."""
+    server = Maelab(tmp_path_factory.mktemp("home") / "home")
+    yield server
+    server.close()

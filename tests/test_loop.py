@@ -247,25 +247,35 @@ def load_training_model(folder: Path) -> torch.Tensor:
     return torch.cat([state["weight"].flatten(), state["bias"]])
 
 
-def test_clipping_bounds_the_norm_and_keeps_the_direction(tmp_path):
-    gradients: list[torch.Tensor] = []
+def gradients(folder: Path, **changes) -> list[torch.Tensor]:
+    """What the optimizer is given at each of three steps."""
+    found: list[torch.Tensor] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
         every = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-        gradients.append(torch.cat(every).clone())
+        found.append(torch.cat(every).clone())
 
     hook = register_optimizer_step_pre_hook(look)
     try:
-        fit(tmp_path / "free", line_task(), epochs=1)
-        free, gradients = gradients, []
-        fit(tmp_path / "clipped", line_task(), epochs=1, clip_grad=0.5)
+        fit(folder, line_task(), epochs=1, **changes)
     finally:
         hook.remove()
-    assert len(free) == len(gradients) == 3
+    assert len(found) == 3
+    return found
+
+
+def test_clipping_bounds_the_norm_and_keeps_the_direction(tmp_path):
+    free, clipped = gradients(tmp_path / "free"), gradients(tmp_path / "clipped", clip_grad=0.5)
     assert min(g.norm() for g in free) > 2
-    for gradient in gradients:
+    for gradient in clipped:
         assert gradient.norm() == pytest.approx(0.5, rel=1e-4)
-    torch.testing.assert_close(gradients[0] / 0.5, free[0] / free[0].norm())
+    torch.testing.assert_close(clipped[0] / 0.5, free[0] / free[0].norm())
+
+
+def test_gradients_of_the_parts_make_that_of_the_batch(tmp_path):
+    """AdamW hardly minds their scale, so it is looked at here."""
+    whole, parts = gradients(tmp_path / "whole"), gradients(tmp_path / "parts", accumulate=2)
+    torch.testing.assert_close(torch.stack(parts), torch.stack(whole))
 
 
 def scripted(values: list[float], seen: list[torch.Tensor]) -> Callable[[Any, int], dict[str, float]]:

@@ -11,7 +11,7 @@ from maelab.errors import UsageError
 from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.checkpoint import load_matching_data, load_model
-from maelab.training.parallel import start_engine
+from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import read_json
 
 
@@ -58,7 +58,7 @@ def evaluate(
         raise UsageError(f"{run} is a linear probe; its figures are in its result.json")
     dataset = load_matching_data(spec, data, options.data_dir)
     engine = start_engine(options)
-    model.to(engine.device)
+    prepare(model.to(engine.device), engine, options)
     part = choose_part(dataset, split, run_config).to(engine.device)
     result: dict[str, Any] = {"run": str(run), "data": dataset.name, "split": split, "images": len(part)}
     with engine.autocast():

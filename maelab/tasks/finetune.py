@@ -17,7 +17,7 @@ from maelab.inference import class_probabilities, classification_scores, count_p
 from maelab.model import VisionTransformer
 from maelab.training.checkpoint import ModelSpec, load_model, read_spec, write_json
 from maelab.training.loop import Task, train
-from maelab.training.parallel import describe, start_engine
+from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
 from maelab.weights import load_encoder
 
@@ -84,27 +84,27 @@ def finetune(
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
     spec = model_spec(config, data)
-    with open_run(engine, "finetune", recipe, config, options, data.checksums) as folder:
+    torch.manual_seed(config.seed)
+    model = spec.build()
+    assert isinstance(model, VisionTransformer)
+    adapted: list[str] = []
+    if config.init != "none":
+        source, _ = load_model(config.init)
+        assert isinstance(source, VisionTransformer)
+        adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
+    hardware = prepare(model, engine, options)
+    with open_run(engine, "finetune", recipe, config, options, data.checksums, hardware) as folder:
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )
-        torch.manual_seed(config.seed)
-        model = spec.build()
-        assert isinstance(model, VisionTransformer) and train_set.labels is not None
-        adapted: list[str] = []
-        if config.init != "none":
-            source, _ = load_model(config.init)
-            assert isinstance(source, VisionTransformer)
-            adapted = load_encoder(
-                model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed
-            )
         say(
             f"finetune on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
-            f" {describe(engine)}; {folder}"
+            f" {hardware}; {folder}"
         )
         labels, num_classes = train_set.labels, len(data.class_names)
+        assert labels is not None
 
         def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
             index = batch_index(len(train_set), config.batch_size, config.seed, step)

@@ -14,7 +14,7 @@ from maelab.errors import UsageError
 from maelab.inference import check_masking, reconstruct_images
 from maelab.model import MaskedAutoencoderViT
 from maelab.training.checkpoint import load_matching_data, load_model
-from maelab.training.parallel import start_engine
+from maelab.training.parallel import prepare, start_engine
 
 
 def reconstruct(
@@ -62,7 +62,7 @@ def reconstruct(
         pool = (data.test or data.train).images
         shown = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
     engine = start_engine(options)
-    model.to(engine.device)
+    prepare(model.to(engine.device), engine, options)
     groups, errors = [], {}
     for ratio in ratios:
         with engine.autocast():

@@ -147,7 +147,7 @@ def save_training(file: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        why = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise RunError(f"cannot write {file}: {why}; the checkpoint before it stands") from error
     finally:
         _remove(temporary)

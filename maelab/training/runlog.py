@@ -23,7 +23,7 @@ import maelab
 from maelab.config import RunOptions
 from maelab.errors import RunError, UsageError
 from maelab.training.checkpoint import write_json
-from maelab.training.parallel import Engine, describe, tensorboard
+from maelab.training.parallel import Engine, tensorboard
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -103,12 +103,19 @@ class _Busy(UsageError):
 
 @contextmanager
 def open_run(
-    engine: Engine, task: str, recipe: str, config: object, options: RunOptions, checksums: dict[str, str]
+    engine: Engine,
+    task: str,
+    recipe: str,
+    config: object,
+    options: RunOptions,
+    checksums: dict[str, str],
+    hardware: str,
 ) -> Iterator[Path]:
     """Open the run folder for this run alone.
 
     An unfinished folder with the same config is opened as it is, to go on; a complete one, or another run's, is
-    emptied with `overwrite`. A run that fails before its first checkpoint leaves nothing behind.
+    emptied with `overwrite`. A run that fails before its first checkpoint leaves nothing behind. `checksums` of the
+    data and the line on `hardware` go into env.json.
 
     Yields:
         The folder, which holds config.json and env.json.
@@ -129,7 +136,7 @@ def open_run(
                     if options.out:
                         raise
             write_json(folder / "config.json", wanted)
-            write_json(folder / "env.json", environment(describe(engine), checksums))
+            write_json(folder / "env.json", environment(hardware, checksums))
         except (UsageError, RunError) as problem:
             error = problem
         except OSError as problem:
@@ -192,7 +199,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def environment(device: str, checksums: dict[str, str]) -> dict[str, Any]:
+def environment(hardware: str, checksums: dict[str, str]) -> dict[str, Any]:
     """What a result depends on beside the config: versions, hardware, threads, commit, checksums of the data."""
     package = Path(maelab.__file__).parent
     git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -207,7 +214,7 @@ def environment(device: str, checksums: dict[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "engine": device,
+        "hardware": hardware,
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
