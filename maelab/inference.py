@@ -84,6 +84,12 @@ def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.
     return pred * (patches.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt() + patches.mean(-1, keepdim=True)
 
 
+def caption(model: MaskedAutoencoderViT, mask_ratio: float, error: float) -> str:
+    """What to write over reconstructions: how much was hidden, the error, and what `denormalise` took."""
+    text = f"{mask_ratio:.0%} hidden, masked MSE {error:.4f}"
+    return text + " (with the true mean and deviation of each patch)" * model.norm_pix_loss
+
+
 @torch.no_grad()
 def masked_mse(model: MaskedAutoencoderViT, data: ImageSet, mask_ratio: float, seed: int) -> dict[str, float]:
     """Error on the hidden pixels of a whole set, under masks fixed by the seed.

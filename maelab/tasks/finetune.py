@@ -161,7 +161,9 @@ def finetune(
             pictures = folder / "figures"
             figures.curves(pictures / "curves.png", read_metrics(folder), outcome.best_epoch)
             guesses, truth = probabilities.argmax(dim=1), test_set.labels
-            wrong, right = (guesses != truth).nonzero()[:, 0], (guesses == truth).nonzero()[:, 0]
+            order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
+            fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
+            wrong, right = order[~fits], order[fits]
             shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
             figures.predictions(
                 pictures / "predictions.png", scale(test_set.images[shown]).cpu(), truth[shown].tolist(),

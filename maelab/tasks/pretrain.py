@@ -12,6 +12,7 @@ from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import (
+    caption,
     check_masking,
     count_parameters,
     extract_features,
@@ -122,7 +123,7 @@ def pretrain(
             ),
             config,
         )
-        sample = some(train_set, len(val_set), config.split_seed)
+        sample = some(train_set, max(len(val_set), 1000), config.split_seed)
         with engine.autocast():
             train_scores = masked_mse(model, sample, config.mask_ratio, config.split_seed)
         result = {
@@ -143,10 +144,9 @@ def pretrain(
         }
         if engine.is_global_zero:
             shown = scale(some(val_set, PICTURED, config.split_seed).images)
-            masked, rebuilt, _ = reconstruct_images(model, shown, config.mask_ratio, config.seed)
-            figures.reconstructions(
-                folder / "figures" / "reconstructions.png", [("", shown.cpu(), masked.cpu(), rebuilt.cpu())]
-            )
+            masked, rebuilt, error = reconstruct_images(model, shown, config.mask_ratio, config.seed)
+            group = (caption(model, config.mask_ratio, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
+            figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
             write_json(folder / "result.json", result)
         return folder, result
