@@ -40,6 +40,11 @@ def extract_features(model: VisionTransformer, data: ImageSet, pool: Literal["to
 
     Unmasked and deterministic.
 
+    Args:
+        model: a classifier or a masked autoencoder, of which the encoder is used; it is put in evaluation mode.
+        data: images of the model's size and channels, on its device.
+        pool: 'token' or 'avg'.
+
     Raises:
         ValueError: if the class token is asked for and the model has none.
     """
@@ -135,7 +140,12 @@ def reconstruct_images(
 
 @torch.no_grad()
 def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tensor:
-    """Probabilities of every image, float32 (N, num_classes)."""
+    """Probabilities of every image, float32 (N, num_classes).
+
+    Args:
+        model: a classifier; it is put in evaluation mode.
+        data: images of the model's size and channels, on its device.
+    """
     model.eval()
     return torch.cat([model(x).float().softmax(dim=1) for x, _ in eval_batches(data, EVAL_BATCH)])
 
