@@ -139,12 +139,13 @@ def test_whole_models(plain, class_token: bool):
         img_size=(32, 16), embed_dim=96, depth=3, num_classes=5, class_token=class_token,
         global_pool="token" if class_token else "avg",
     )  # fmt: skip
-    torch.nn.init.normal_(vit.head.weight, std=0.1)
+    torch.nn.init.normal_(vit.head.weight, std=0.1)  # type: ignore[arg-type]
     imgs, noise = torch.rand(12, 1, 28, 28) * 2 - 1, torch.rand(12, 49)
     photos = torch.rand(12, 3, 32, 16) * 2 - 1
 
     def run(autocast: bool) -> dict[str, torch.Tensor]:
-        mae.zero_grad(), vit.zero_grad()
+        mae.zero_grad()
+        vit.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = mae.training_loss(imgs, noise=noise) + vit(photos).float().square().sum()
         loss.backward()

@@ -109,7 +109,6 @@ def usable(block: "Block", x: torch.Tensor) -> bool:
         and F % 32 == 0
         and (D // H) % 16 == 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and available()
     )
 
@@ -148,7 +147,7 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         library = _load()[0]
         assert library is not None
         _packed, x, _, _, *parameters = ctx.saved_tensors
