@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import tyro
 
 from maelab import recipes
-from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
+from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import MaelabError, UsageError
 
 Positional = tyro.conf.Positional
@@ -43,7 +44,7 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = tyro.MI
     for argument in arguments:
         name = argument.split("=")[0].replace("_", "-")
         if argument.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"see maelab {command} --help"
             raise UsageError(f"unknown flag {name}; {hint}")
     said = io.StringIO()
@@ -54,11 +55,30 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = tyro.MI
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        text = re.sub(r"[╭╮╰╯│─]+", " ", said.getvalue().split("Argument helptext")[0].split("For full help")[0])
-        text = re.sub(r"\s+", " ", text).strip()
-        for heading in ("Value error", "Invalid choice", "Missing argument", "Unrecognized options"):
-            text = text.removeprefix(heading).strip()
-        raise UsageError(f"{text.rstrip('.')}; see maelab {command} --help") from None
+        raise UsageError(f"{_in_one_line(said.getvalue())}; see maelab {command} --help") from None
+
+
+def _in_one_line(said: str) -> str:
+    """What tyro says about wrong arguments, without its frame, headings and advice."""
+    text = re.sub(r"[╭╮╰╯│─]+", " ", said.split("Argument helptext")[0].split("For full help")[0])
+    text = re.sub(r"\s+", " ", text).strip()
+    for heading in ("Value error", "Invalid choice", "Missing argument", "Parsing error"):
+        text = text.removeprefix(heading).strip()
+    if text.startswith("Required options"):  # no command has a required flag
+        return "there is no run folder named"
+    if union := re.match(
+        r"Error parsing (\S+): no type matching (\S+ ?\S*) could be instantiated from (\[.*?\])", text
+    ):
+        wanted = union[2].replace("{None}|", "").strip("{}")
+        return f"{union[1]} takes {wanted} or None, got {union[3]}"
+    text = (
+        text.replace("Error parsing ", "")
+        .replace("Unrecognized options Un", "Un")
+        .replace(" .", "")
+        .rstrip(". ")
+        .replace(". Expected", ", expected")
+    )
+    return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
 
 def _flags(kind: Any) -> set[str]:
@@ -66,14 +86,19 @@ def _flags(kind: Any) -> set[str]:
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(f.type):
             flags |= _flags(f.type)
-        else:
+        elif not hasattr(f.type, "__metadata__"):  # that would be a Positional
             name = f.name.replace("_", "-")
             flags |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
     return flags
 
 
+def _first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _print(output: Output, result: dict[str, Any], text: str) -> None:
-    print(json.dumps(result) if output.json else text)
+    if _first_process():  # with --devices, every process comes by
+        print(json.dumps(result) if output.json else text)
 
 
 def _with_recipe(task: str, arguments: list[str]) -> tuple[str, Any]:
@@ -82,7 +107,7 @@ def _with_recipe(task: str, arguments: list[str]) -> tuple[str, Any]:
         if "--help" in arguments or "-h" in arguments:
             print(f"usage: maelab {task} RECIPE [flags]; recipes: {', '.join(recipes.names(task))}\n")
             return "RECIPE", recipes.get(task, "mnist")
-        raise UsageError(f"maelab {task} needs a recipe: {', '.join(recipes.names(task))}")
+        raise UsageError(f"{task} needs a recipe as its first argument: {', '.join(recipes.names(task))}")
     return arguments[0], recipes.get(task, arguments[0])
 
 
@@ -101,7 +126,7 @@ def data(arguments: list[str]) -> None:
     from maelab.data import NAMES, obtain
 
     if not args.names:
-        raise UsageError(f"maelab data needs a name: {', '.join(NAMES)}")
+        raise UsageError(f"data needs a name: {', '.join(NAMES)}")
     places = {name: str(obtain(name, args.data_dir)) for name in args.names}
     _print(args.output, {"data": places}, "\n".join(f"{name}: verified, in {place}" for name, place in places.items()))
 
@@ -144,7 +169,8 @@ def finetune(arguments: list[str]) -> None:
         for f in dataclasses.fields(fitting):
             given, needed = getattr(args.config, f.name), getattr(fitting, f.name)
             flag = f"--{f.name.replace('_', '-')}"
-            if given != needed and any(a.replace("no-", "").startswith(flag) for a in arguments):
+            typed = {a.split("=")[0].replace("_", "-").replace("--no-", "--") for a in arguments}
+            if given != needed and flag in typed:
                 raise UsageError(f"{flag} {given} does not fit --init {args.config.init}, which has {needed}")
     folder, result = finetune(args.config, options=args.options, recipe=recipe)
     test, val = result["test"]["accuracy"], result["val"]["accuracy"]
@@ -163,7 +189,7 @@ def probe(arguments: list[str]) -> None:
 
     run, rest = ("RUN", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
     if run == "RUN" and "--help" not in arguments and "-h" not in arguments:
-        raise UsageError("maelab probe needs a run folder: maelab probe RUN")
+        raise UsageError("probe needs a run folder as its first argument: maelab probe RUN")
     args = _parse(Arguments, rest, "probe RUN", Arguments(ProbeConfig(init=run)))
     from maelab.tasks.probe import probe
 
@@ -189,20 +215,18 @@ def evaluate(arguments: list[str]) -> None:
         """which images"""
         mask_ratio: float | None = None
         """share of patches to hide from an autoencoder; None is that of its training"""
-        options: RunOptions = field(default_factory=RunOptions)
+        options: ComputeOptions = field(default_factory=ComputeOptions)
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "evaluate")
     from maelab.tasks.evaluate import evaluate
-    from maelab.training.runlog import read_json
 
     result = evaluate(
         args.run,
         data=args.data,
         split=args.split,
         mask_ratio=args.mask_ratio,
-        run_config=read_json(args.run / "config.json"),
-        options=args.options,
+        options=RunOptions(**vars(args.options)),
     )
     where = f"on {result['images']} {args.split} images of {result['data']}"
     if "accuracy" in result:
@@ -230,10 +254,7 @@ def reconstruct(arguments: list[str]) -> None:
         """chooses images and masks"""
         out: Path = Path("reconstruction.png")
         """picture to write"""
-        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-        """where to compute"""
-        data_dir: Path | None = None
-        """folder that holds the data set's files already"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "reconstruct")
@@ -246,7 +267,7 @@ def reconstruct(arguments: list[str]) -> None:
         count=args.count,
         seed=args.seed,
         out=args.out,
-        options=RunOptions(device=args.device, data_dir=args.data_dir),
+        options=RunOptions(**vars(args.options)),
     )
     lines = [f"masked MSE {error:.4f} with {ratio:.0%} hidden" for ratio, error in result["masked_mse"].items()]
     _print(args.output, result, "\n".join([*lines, result["out"]]))
@@ -276,7 +297,10 @@ def info(arguments: list[str]) -> None:
         summary |= {"config": config, "epochs_done": max((row["epoch"] for row in metrics), default=0)}
         summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(args.run / "env.json")}
     state = "complete" if summary["complete"] else f"unfinished, {summary['epochs_done']} epochs done"
-    lines = [f"{args.run}: {config.get('task', 'checkpoint')} {config.get('recipe', '')} ({state})"]
+    what = (
+        f"{config['task']} {config['recipe']} ({state})" if "task" in config else f"checkpoint of a {summary['model']}"
+    )
+    lines = [f"{args.run}: {what}"]
     for title in ("arguments", "config", "result"):
         values = summary.get(title) or {}
         lines += [f"{title}:"] + [f"  {key} = {value}" for key, value in values.items()] if values else []
@@ -315,7 +339,9 @@ def _run(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go away
     try:
         _run(arguments)
         sys.stdout.flush()
@@ -323,17 +349,25 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:  # of --help
         return stop.code if isinstance(stop.code, int) else 0
     except BrokenPipeError:  # the reader of stdout has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        message, status = "interrupted; the same command starts again, from the last checkpoint if there is one", 130
     except Exception as error:
         message, status = _explain(error)
         if "--debug" in arguments:
             traceback.print_exc()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    try:
+        sys.stdout.flush()
+    except OSError:  # it may be what failed, and would fail again at exit
+        _drop_stdout()
+    if _first_process():
         print(f"maelab: {message}", file=sys.stderr)
     return status
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -341,7 +375,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MaelabError):
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}", 1
+        place = f"{error.filename2 or error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}", 1
     first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
+        return "there is not enough memory; try a smaller --batch-size, --accumulate 2, or a smaller model", 1
     return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1

@@ -3,6 +3,8 @@
 Each dataclass is flat, so that every field is a flag: `mask_ratio` is `--mask-ratio`, and the text under it its help.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +36,11 @@ def _share(config: object, *fields: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Config:
     def __post_init__(self) -> None:
-        """End of the chain of validations."""
+        """End of the chain of validations: whatever a number means, infinity is not meant."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            _require(not infinite, f"{_flag(field.name)} must be a number, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class DataConfig(_Config):
         super().__post_init__()
         _at_least(self, 1, "limit")
         _at_least(self, 0, "split_seed")
+        _require(self.split_seed < 2**63, f"--split-seed must be below 2**63, got {self.split_seed}")
         _require(0 < self.val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {self.val_fraction}")
 
 
@@ -92,6 +99,7 @@ class LoopConfig(_Config):
         super().__post_init__()
         _at_least(self, 1, "epochs", "batch_size", "accumulate")
         _at_least(self, 0, "seed", "blr", "muon_lr", "weight_decay", "warmup_epochs", "clip_grad")
+        _require(self.seed < 2**63, f"--seed must be below 2**63, got {self.seed}")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
         _require(
@@ -264,24 +272,40 @@ class ProbeConfig(LoopConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(_Config):
-    """Where a run happens and is kept. None of it changes what is computed, up to rounding."""
+class ComputeOptions(_Config):
+    """Where to compute. None of it changes what is computed, up to rounding."""
 
-    out: Path | None = None
-    """run folder; None takes the next free runs/TASK-RECIPE-N, or goes on with the last one if it is unfinished"""
-    overwrite: bool = False
-    """replace what is in the run folder"""
     data_dir: Path | None = None
     """folder that holds the data set's files already"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
+    threads: int | None = None
+    """CPU threads; None takes one per core"""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto: maelab's own kernels for bf16 on a CPU with AMX, where a C compiler is at hand; torch: never those"""
+    attention: Literal["auto", "matmul", "fused"] = "auto"
+    """form of attention outside those kernels; auto: products in training on a CPU, else torch's fused kernel"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the blocks; auto: on CUDA, where its warm-up pays"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ComputeOptions):
+    """Where a run happens and is kept."""
+
+    out: Path | None = None
+    """run folder; None takes the next free runs/TASK-RECIPE-N, or goes on with the last one if it is unfinished"""
+    overwrite: bool = False
+    """replace a complete run, or another one, in the run folder; this very run, unfinished, goes on all the same"""
     devices: int = 1
     """processes, one device each"""
     num_nodes: int = 1
     """machines"""
-    threads: int | None = None
-    """CPU threads; None takes one per core"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "devices", "num_nodes", "threads")
+        _at_least(self, 1, "devices", "num_nodes")

@@ -1,5 +1,6 @@
 """Pictures of a run, from arrays and metrics. Needs no torch: anything that numpy takes is an image."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +13,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from maelab.errors import RunError
+
 DPI = 150
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a PNG atomically and release the figure."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a PNG atomically and release the figure.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
         os.replace(temporary, file)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def to_picture(image: Any) -> np.ndarray:

@@ -8,10 +8,25 @@ from torch import nn
 
 from maelab.data import ImageSet
 from maelab.data.batches import eval_batches
+from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
 from maelab.model.mae import NORM_PIX_EPS
 
 EVAL_BATCH = 512
+
+
+def check_masking(num_patches: int, mask_ratio: float) -> None:
+    """Refuse a ratio that would hide every patch or none.
+
+    Raises:
+        UsageError: if it does.
+    """
+    if not 0 < mask_ratio < 1:
+        raise UsageError(f"--mask-ratio must lie between 0 and 1, got {mask_ratio}")
+    kept = int(num_patches * (1 - mask_ratio))
+    if not 0 < kept < num_patches:
+        what = "no patch to see" if kept == 0 else "no patch hidden"
+        raise UsageError(f"--mask-ratio {mask_ratio} leaves {what}: the image has {num_patches} patches")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -43,7 +58,7 @@ def knn_accuracy(
     section 3.4).
 
     Args:
-        features: (N, D) with labels (N,).
+        features: (N, D), float32, with labels (N,).
         queries: (M, D) with query_labels (M,).
         k: neighbours; at most N are used.
     """
@@ -52,7 +67,8 @@ def knn_accuracy(
     classes = int(torch.cat([labels, query_labels]).max()) + 1
     right = 0
     for chunk, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarity, nearest = (chunk @ features.T).float().topk(min(k, len(features)), dim=1)  # (m, k)
+        with torch.autocast(chunk.device.type, enabled=False):  # 8 bits of bf16 cannot tell near neighbours apart
+            similarity, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
         right += int((votes.argmax(dim=1) == truth).sum())

@@ -1,10 +1,12 @@
 """Small real data for every test, read from `tests/data` without a download."""
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import Maelab
 
 from maelab.data.datasets import Dataset, ImageSet, cifar_set, idx_set
 
@@ -20,17 +22,27 @@ def _idx(part: str) -> ImageSet:
     return idx_set(*((DATA / f"mnist-{part}-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")))
 
 
+def read_mnist_small() -> Dataset:
+    """600 training and 200 test images of MNIST, balanced: uint8 (N, 1, 28, 28)."""
+    return Dataset("mnist", _idx("train"), _idx("t10k"), tuple("0123456789"), {})
+
+
+def read_cifar_small() -> Dataset:
+    """300 training and 100 test images of CIFAR-10, balanced: uint8 (N, 3, 32, 32)."""
+    train, test = (cifar_set([gzip.decompress((DATA / f"cifar10-{p}.bin.gz").read_bytes())]) for p in ("train", "test"))
+    return Dataset("cifar10", train, test, CIFAR10_CLASSES, {})
+
+
 @pytest.fixture(scope="session")
 def mnist_small() -> Dataset:
     """600 training and 200 test images of MNIST, balanced: uint8 (N, 1, 28, 28). Do not write into the tensors."""
-    return Dataset("mnist", _idx("train"), _idx("t10k"), tuple("0123456789"), {})
+    return read_mnist_small()
 
 
 @pytest.fixture(scope="session")
 def cifar_small() -> Dataset:
     """300 training and 100 test images of CIFAR-10, balanced: uint8 (N, 3, 32, 32). Do not write into the tensors."""
-    train, test = (cifar_set([gzip.decompress((DATA / f"cifar10-{p}.bin.gz").read_bytes())]) for p in ("train", "test"))
-    return Dataset("cifar10", train, test, CIFAR10_CLASSES, {})
+    return read_cifar_small()
 
 
 def write_folder(folder: Path, data: ImageSet, class_names: tuple[str, ...], n: int) -> Path:
@@ -54,3 +66,11 @@ def digits_folder(mnist_small: Dataset, tmp_path_factory: pytest.TempPathFactory
 def cifar_folder(cifar_small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 200 real CIFAR-10 images, RGB PNG of 32 x 32, in class sub-folders. Read only."""
     return write_folder(tmp_path_factory.mktemp("cifar") / "cifar", cifar_small.train, cifar_small.class_names, 20)
+
+
+@pytest.fixture(scope="session")
+def maelab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maelab]:
+    """The command `maelab` as real processes that start at once and see neither the real home nor the real cache."""
+    server = Maelab(tmp_path_factory.mktemp("home") / "home")
+    yield server
+    server.close()

@@ -140,7 +140,7 @@ def test_limit() -> None:
     assert pixels(few) != pixels(limit(data, 5, seed=1)) and pixels(few) != [0, 1, 2, 3, 4]
     assert sorted(pixels(limit(data, 88, seed=0))) == list(range(88))
     for n in (0, -1, 89):
-        with pytest.raises(UsageError, match=f"limit to {n} images: there are 88"):
+        with pytest.raises(UsageError, match=f"--limit {n} is not between 1 and 88"):
             limit(data, n, seed=0)
 
 

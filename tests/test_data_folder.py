@@ -104,22 +104,22 @@ def test_images_deeper_in_a_class_folder_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: root.rmdir(), "There is no folder"),
+        (lambda root: root.rmdir(), "there is no folder"),
         (lambda root: (root.rmdir(), root.write_text("x")), "is a file"),
         (lambda root: None, "holds no images"),
         (lambda root: (root / "a").mkdir(), "holds no images"),
-        (lambda root: (classes(root), (root / "c").mkdir()), "Class 'c' in .* holds no images"),
+        (lambda root: (classes(root), (root / "c").mkdir()), "class 'c' in .* holds no images"),
         (lambda root: (classes(root), save(root / "x.png")), "both images and sub-folders"),
         (lambda root: (classes(root / "train"), classes(root / "val")), "name the two parts train/ and test/"),
         (lambda root: classes(root / "train"), "name the two parts train/ and test/"),
         (
             lambda root: (classes(root / "train", "a"), classes(root / "test", "ab")),
-            "Class 'b' is in .*test but not in",
+            "class 'b' is in .*test but not in",
         ),
         (lambda root: (classes(root / "train"), save(root / "test" / "x.png")), "test has no classes"),
         (lambda root: [classes(root / part) for part in ("train", "test", "val")], "and also val/"),
-        (lambda root: (root / "x.png").write_text(""), r"None of the images.*x.png \(empty\)"),
-        (lambda root: (classes(root, "a"), bad(root / "b" / "0.png")), "Class 'b' .* no good training image"),
+        (lambda root: (root / "x.png").write_text(""), r"none of the images.*x.png \(empty\)"),
+        (lambda root: (classes(root, "a"), bad(root / "b" / "0.png")), "class 'b' .* no good training image"),
     ],
 )
 def test_unusable_folders(make, message: str, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_folder_without_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"in_chans": 2}, "in_chans is 2"), ({"img_size": (0, 8)}, "img_size")]
+    ("options", "message"), [({"in_chans": 2}, "in_chans is 2"), ({"img_size": (0, 8)}, "img-size")]
 )
 def test_impossible_options(options: dict, message: str, tmp_path: Path) -> None:
     save(tmp_path / "x.png")

@@ -398,13 +398,13 @@ def test_full_disk_is_one_line(server: Server, cache: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("Cannot keep mnist in") and "MAELAB_DATA" in err
+    assert err.splitlines()[-1].startswith("cannot keep mnist in") and "MAELAB_DATA" in err
 
 
 def test_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAELAB_DATA", str(tmp_path / "file" / "cache"))
-    with pytest.raises(RunError, match=r"Cannot keep mnist in .*: Not a directory\. Set MAELAB_DATA"):
+    with pytest.raises(RunError, match=r"cannot keep mnist in .*: Not a directory; set MAELAB_DATA"):
         sources.read("mnist")
 
 

@@ -15,7 +15,7 @@ _ORDER, _STEP, _MODEL = 0, 1, 2  # keep the streams apart
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Batches in a pass over `n` images: an incomplete last batch is left out, unless it is the only one."""
     if n < 1:
-        raise UsageError("There are no images to train on.")
+        raise UsageError("there are no images to train on")
     return max(1, n // batch_size)
 
 
@@ -62,8 +62,8 @@ def rank_slice(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     size, rest = divmod(len(x), world)
     if rest:
         raise UsageError(
-            f"A batch of {len(x)} images cannot be cut into {world} equal parts: choose a batch size"
-            f" (at most the number of training images) that {world} divides."
+            f"a batch of {len(x)} images cannot be cut into {world} equal parts: choose a batch size"
+            f" (at most the number of training images) that {world} divides"
         )
     return x[rank * size : (rank + 1) * size]
 

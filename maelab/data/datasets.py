@@ -89,7 +89,7 @@ def load(
 
         return load_folder(spec, img_size=img_size, in_chans=in_chans)
     if spec not in sources.NAMES:
-        raise UsageError(f"Unknown data set {spec!r}: {_nearest(spec)}")
+        raise UsageError(f"there is no data set {spec!r}; {_nearest(spec)}")
     data = _load_built_in(spec, data_dir)
     if img_size is None or img_size == tuple(data.train.images.shape[2:]):
         return data
@@ -120,11 +120,11 @@ def _load_built_in(spec: str, data_dir: Path | None) -> Dataset:
 
 def _nearest(spec: str) -> str:
     if spec and Path(spec).expanduser().exists():
-        return f"for images of your own write 'folder:{spec}'."
+        return f"for images of your own write 'folder:{spec}'"
     near = difflib.get_close_matches(spec.lower().replace("_", "-"), (*sources.NAMES, "folder:"), n=1, cutoff=0.4)
     if near:
         return f"did you mean {'folder:PATH' if near[0] == 'folder:' else near[0]!r}?"
-    return f"there are {', '.join(sources.NAMES)} and folder:PATH."
+    return f"there are {', '.join(sources.NAMES)} and folder:PATH"
 
 
 def idx_set(images: bytes, labels: bytes) -> ImageSet:
@@ -147,7 +147,7 @@ def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSe
     Returns: (training part, validation part), each in the original order. Fraction 0 gives an empty validation part.
     """
     if not 0 <= fraction < 1:
-        raise UsageError(f"The validation fraction is {fraction}; it must be at least 0 and less than 1.")
+        raise UsageError(f"the validation fraction is {fraction}; it must be at least 0 and less than 1")
     train, held_out = split_indices(data.labels, len(data), fraction, seed)
     return data[train], data[held_out]
 
@@ -164,7 +164,7 @@ def split_indices(labels: torch.Tensor | None, n: int, fraction: float, seed: in
 def limit(data: ImageSet, n: int, seed: int) -> ImageSet:
     """The first `n` images of a seeded shuffle."""
     if not 1 <= n <= len(data):
-        raise UsageError(f"Cannot limit to {n} images: there are {len(data)}.")
+        raise UsageError(f"--limit {n} is not between 1 and {len(data)}, the number of images to train on")
     return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
@@ -175,9 +175,9 @@ def label_fraction(data: ImageSet, fraction: float, seed: int) -> ImageSet:
         fraction: 0 < fraction <= 1. For one seed, a smaller share is contained in a larger one.
     """
     if data.labels is None:
-        raise UsageError("A label fraction needs labels: put the images into one sub-folder per class.")
+        raise UsageError("a label fraction needs labels: put the images into one sub-folder per class")
     if not 0 < fraction <= 1:
-        raise UsageError(f"The label fraction is {fraction}; it must be more than 0 and at most 1.")
+        raise UsageError(f"the label fraction is {fraction}; it must be more than 0 and at most 1")
     order, rank, count = _class_ranks(data.labels, len(data), seed)
     return data[order[rank < (count * fraction + 0.5).floor().clamp(min=1)].sort().values]
 

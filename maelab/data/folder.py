@@ -60,17 +60,17 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         than fits into memory).
     """
     if not (path := spec.removeprefix("folder:")):
-        raise UsageError("'folder:' names no folder; write folder:PATH.")
+        raise UsageError("'folder:' names no folder; write folder:PATH")
     root = Path(path).expanduser()
     if in_chans not in (None, 1, 3):
-        raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels.")
+        raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels")
     if img_size is not None and min(img_size) < 1:
-        raise UsageError(f"img_size is {img_size[0]} x {img_size[1]}; both sides must be at least 1.")
+        raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
     files, class_names, held_out = _list_files(root)
     skipped: list[str] = []
     headers = list(_each(_read_header, files, root, skipped))
     if not headers:
-        raise UsageError(f"None of the images in {root} can be decoded, for example {skipped[0]}.")
+        raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     files = [file for file, _ in headers]
     if class_names and not held_out:
         files = _hold_out(files)
@@ -81,7 +81,7 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     if needed > _MEMORY_SHARE * free:
         raise RunError(
             f"{len(files)} images of {height} x {width} x {channels} in {root} need {needed / 2**30:.1f} GiB of "
-            f"memory and {free / 2**30:.1f} GiB are free; choose a smaller img_size or fewer images."
+            f"memory and {free / 2**30:.1f} GiB are free; choose a smaller --img-size or fewer images"
         )
     images = np.empty((len(files), channels, height, width), np.uint8)
     kept: list[_File] = []
@@ -91,10 +91,10 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     images = images[: len(kept)]
     skipped.sort()
     if not kept:
-        raise UsageError(f"None of the images in {root} can be decoded, for example {skipped[0]}.")
+        raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     for label, class_name in enumerate(class_names):
         if not any(file.label == label and not file.test for file in kept):
-            raise UsageError(f"Class {class_name!r} in {root} has no good training image; every class needs two.")
+            raise UsageError(f"class {class_name!r} in {root} has no good training image; every class needs two")
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         print(f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}", file=sys.stderr)
@@ -115,26 +115,26 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
 def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
     """(files sorted by class and name, class names, whether the folder itself says which are for testing)."""
     if not root.exists():
-        raise UsageError(f"There is no folder {root}.")
+        raise UsageError(f"there is no folder {root}")
     if not root.is_dir():
-        raise UsageError(f"{root} is a file; folder:PATH takes a folder of images.")
+        raise UsageError(f"{root} is a file; folder:PATH takes a folder of images")
     parts = {path.name for path in root.iterdir() if path.is_dir()} if not _images(root, deep=False) else set()
     if {"train", "test"} <= parts:
         if extra := sorted(name for name in parts - {"train", "test"} if _images(root / name)):
-            raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there.")
+            raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there")
         train, class_names = _list_classes(root / "train")
         test, test_classes = _list_classes(root / "test")
         if unknown := sorted(set(test_classes) - set(class_names)):
-            raise UsageError(f"Class {unknown[0]!r} is in {root / 'test'} but not in {root / 'train'}.")
+            raise UsageError(f"class {unknown[0]!r} is in {root / 'test'} but not in {root / 'train'}")
         if bool(class_names) != bool(test_classes):
-            raise UsageError(f"{root / 'test'} has no classes, but {root / 'train'} has.")
+            raise UsageError(f"{root / 'test'} has no classes, but {root / 'train'} has")
         files = [_File(path, class_names.index(name) if name else -1, False) for path, name in train]
         files += [_File(path, class_names.index(name) if name else -1, True) for path, name in test]
         return files, class_names, True
     if "train" in parts and parts <= {"train", "val", "valid", "validation"}:
         raise UsageError(
             f"{root} holds {' and '.join(f'{name}/' for name in sorted(parts))}: name the two parts train/ and test/, "
-            f"or use folder:{root / 'train'}."
+            f"or use folder:{root / 'train'}"
         )
     found, class_names = _list_classes(root)
     return [_File(path, class_names.index(name) if name else -1, False) for path, name in found], class_names, False
@@ -149,14 +149,14 @@ def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]
     if loose and full:
         raise UsageError(
             f"{folder} holds both images and sub-folders with images ({loose[0].name}, {full[0]}/): "
-            "put every image into the sub-folder of its class, or all of them directly into one folder."
+            "put every image into the sub-folder of its class, or all of them directly into one folder"
         )
     if not loose and not full:
-        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     if loose:
         return [(path, "") for path in loose], ()
     if empty := [name for name in by_class if name not in full]:
-        raise UsageError(f"Class {empty[0]!r} in {folder} holds no images; remove the sub-folder or fill it.")
+        raise UsageError(f"class {empty[0]!r} in {folder} holds no images; remove the sub-folder or fill it")
     return [(path, name) for name in full for path in by_class[name]], tuple(full)
 
 

@@ -111,7 +111,7 @@ def check_name(name: str) -> None:
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}."
-        raise UsageError(f"No data set is called {name!r}; {hint}")
+        raise UsageError(f"there is no data set {name!r}; {hint}")
 
 
 def cache_dir() -> Path:
@@ -145,7 +145,7 @@ def read(name: str, data_dir: Path | None = None) -> dict[str, bytes]:
         try:
             return _read_at_hand(name, Path(data_dir).expanduser())
         except OSError as error:
-            raise UsageError(f"Cannot read --data-dir {data_dir}: {error.strerror or error}.") from error
+            raise UsageError(f"cannot read --data-dir {data_dir}: {error.strerror or error}") from error
     folder = cache_dir() / name
     try:
         # Files enter the cache whole (os.replace), so reading needs no lock, and a read-only cache will do.
@@ -153,18 +153,18 @@ def read(name: str, data_dir: Path | None = None) -> dict[str, bytes]:
         return found if len(found) == len(FILES[name]) else _fill_cache(name, folder)
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(f"Cannot keep {name} in {folder}: {reason}. Set MAELAB_DATA to a writable folder.") from error
+        raise RunError(f"cannot keep {name} in {folder}: {reason}; set MAELAB_DATA to a writable folder") from error
 
 
 def _read_at_hand(name: str, folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
-        raise UsageError(f"--data-dir {folder} is not a folder.")
+        raise UsageError(f"--data-dir {folder} is not a folder")
     found, problems = _search(name, folder, FILES[name])
     missing = [file for file in FILES[name] if file not in found]
     if missing and problems:
-        raise UsageError(f"--data-dir {folder} has no good copy of {name}: {'; '.join(problems)}.")
+        raise UsageError(f"--data-dir {folder} has no good copy of {name}: {'; '.join(problems)}")
     if missing:
-        raise UsageError(f"--data-dir {folder} lacks {', '.join(missing)} of {name}: put {_PUT[name]} there.")
+        raise UsageError(f"--data-dir {folder} lacks {', '.join(missing)} of {name}: put {_PUT[name]} there")
     return found
 
 
@@ -212,8 +212,8 @@ def _fill_cache(name: str, folder: Path) -> dict[str, bytes]:
         lock.release()
     if len(found) < len(FILES[name]):
         raise RunError(
-            f"Could not get {name}. Tried {', '.join(tried)}. Put {_PUT[name]} into a folder of your own and name it "
-            "with --data-dir DIR."
+            f"could not get {name}: tried {', '.join(tried)}; put {_PUT[name]} into a folder of your own and name it "
+            "with --data-dir DIR"
         )
     return found
 
@@ -433,13 +433,13 @@ def read_idx(data: bytes) -> np.ndarray:
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data)
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise RunError("Not an IDX file of unsigned bytes.")
+        raise RunError("not an IDX file of unsigned bytes")
     ndim = data[3]
     header = 4 + 4 * ndim
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
     array = np.frombuffer(data, np.uint8)[header:]
     if len(data) < header or int(np.prod(shape, dtype=object)) != array.size:
-        raise RunError(f"IDX file says shape {shape} but holds {array.size} values.")
+        raise RunError(f"IDX file says shape {shape} but holds {array.size} values")
     return array.reshape(shape)
 
 
@@ -449,7 +449,7 @@ def read_cifar_binary(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     Raises: RunError if the length does not fit.
     """
     if len(data) % 3073:
-        raise RunError("Not a CIFAR-10 binary batch: its length is no multiple of 3073 bytes.")
+        raise RunError("not a CIFAR-10 binary batch: its length is no multiple of 3073 bytes")
     rows = np.frombuffer(data, np.uint8).reshape(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 

@@ -27,13 +27,17 @@ def patchify(imgs: torch.Tensor, patch_size: int) -> torch.Tensor:
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
-def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, heads, L, d).
+def dot_product_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Literal["auto", "matmul", "fused"] = "auto"
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v over (B, heads, L, d), as two batched products and a softmax or as one fused kernel.
 
-    Two batched products and a softmax: the backward pass of the fused CPU kernel is several times slower at
-    the lengths that small images give. On other devices the fused kernel wins.
+    'auto' takes the products for training on a CPU, where the backward pass of the fused kernel is several times
+    slower at the lengths that small images give, and the fused kernel elsewhere.
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
+    if form == "auto":
+        form = "matmul" if q.device.type == "cpu" and torch.is_grad_enabled() else "fused"
+    if form == "fused":
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
     return weights.softmax(dim=-1).to(v.dtype) @ v
@@ -72,11 +76,12 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; `form` may be set to force a form of `dot_product_attention`."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.form: Literal["auto", "matmul", "fused"] = "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -86,7 +91,7 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)  # each (B, heads, L, d)
         if tail is not None:
             q = q[:, :, L - tail :]
-        x = dot_product_attention(q, k, v)
+        x = dot_product_attention(q, k, v, self.form)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -103,7 +108,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block."""
+    """Pre-norm Transformer block. Where `native` is true and the hardware allows, `fast.run` computes it."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path: float = 0.0
@@ -114,10 +119,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.native = True
 
     def forward(self, x: torch.Tensor, tail: int | None = None) -> torch.Tensor:
         """Tokens (B, L, D) -> (B, L, D); with `tail`, only the last `tail` tokens, which still attend to all."""
-        if fast.usable(self, x):
+        if self.native and fast.usable(self, x):
             return fast.run(self, x, tail)
         attended = self.drop_path(self.attn(self.norm1(x), tail))
         x = (x if tail is None else x[:, x.shape[1] - tail :]) + attended

@@ -8,10 +8,11 @@ import torch
 from maelab.config import DataConfig, RunOptions
 from maelab.data import Dataset, ImageSet, training_sets
 from maelab.errors import UsageError
-from maelab.inference import class_probabilities, classification_scores, masked_mse
+from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.checkpoint import load_matching_data, load_model
-from maelab.training.parallel import start_engine
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.runlog import read_json
 
 
 def choose_part(data: Dataset, split: Literal["test", "val"], run_config: dict[str, Any]) -> ImageSet:
@@ -20,6 +21,8 @@ def choose_part(data: Dataset, split: Literal["test", "val"], run_config: dict[s
         if data.test is None:
             raise UsageError(f"{data.name} has no test images; use --split val")
         return data.test
+    if "val_fraction" not in run_config:
+        raise UsageError("--split val needs a run folder: its config.json says which images were held out")
     cut = {k: run_config[k] for k in ("val_fraction", "split_seed") if k in run_config}
     return training_sets(data, DataConfig(data=data.name, **cut))[1]
 
@@ -30,7 +33,6 @@ def evaluate(
     data: str | None = None,
     split: Literal["test", "val"] = "test",
     mask_ratio: float | None = None,
-    run_config: dict[str, Any] | None = None,
     options: RunOptions | None = None,
 ) -> dict[str, Any]:
     """Measure a trained model.
@@ -40,7 +42,6 @@ def evaluate(
         data: data set; None is the one it was trained on.
         split: which images.
         mask_ratio: share of patches to hide from an autoencoder; None is that of its training.
-        run_config: the run's config.json, for its validation split.
         options: where to run.
 
     Returns:
@@ -51,20 +52,29 @@ def evaluate(
         UsageError, RunError: if the run cannot be read or the data does not fit it.
     """
     options = options or RunOptions()
+    run_config = read_json(Path(run) / "config.json")
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; its figures are in its result.json")
     dataset = load_matching_data(spec, data, options.data_dir)
     engine = start_engine(options)
-    model.to(engine.device)
-    part = choose_part(dataset, split, run_config or {}).to(engine.device)
+    prepare(model.to(engine.device), engine, options)
+    part = choose_part(dataset, split, run_config).to(engine.device)
     result: dict[str, Any] = {"run": str(run), "data": dataset.name, "split": split, "images": len(part)}
     with engine.autocast():
         if isinstance(model, MaskedAutoencoderViT):
-            ratio = mask_ratio or spec.mask_ratio or 0.75
+            ratio = mask_ratio if mask_ratio is not None else spec.mask_ratio or 0.75
+            check_masking(model.num_patches, ratio)
             return result | {"mask_ratio": ratio} | masked_mse(model, part, ratio, seed=0)
         if part.labels is None:
             raise UsageError(f"{dataset.name} has no labels to evaluate a classifier with")
+        if dataset.class_names != spec.class_names:
+            ours, theirs = (
+                f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (spec.class_names, dataset.class_names)
+            )
+            raise UsageError(
+                f"{dataset.name} has other classes than the model was trained on: {theirs} instead of {ours}"
+            )
         probabilities = class_probabilities(model, part)
     n = len(dataset.class_names)
     counts = torch.bincount(part.labels * n + probabilities.argmax(dim=1), minlength=n * n).reshape(n, n)

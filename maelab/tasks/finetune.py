@@ -17,7 +17,7 @@ from maelab.inference import class_probabilities, classification_scores, count_p
 from maelab.model import VisionTransformer
 from maelab.training.checkpoint import ModelSpec, load_model, read_spec, write_json
 from maelab.training.loop import Task, train
-from maelab.training.parallel import describe, start_engine
+from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
 from maelab.weights import load_encoder
 
@@ -26,7 +26,15 @@ ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", 
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
-    """The config with the encoder's shape taken from the initial weights."""
+    """The config with the encoder's shape taken from the initial weights.
+
+    Raises:
+        UsageError: if there is no encoder in them.
+    """
+    if not set(ENCODER_FIELDS) <= init.arguments.keys():
+        raise UsageError(
+            f"--init {config.init} is a {init.model} and has no encoder; name a pretraining or fine-tuning run"
+        )
     return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS})
 
 
@@ -43,7 +51,7 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     _, in_chans, height, width = data.train.images.shape
     if height % config.patch_size or width % config.patch_size:
         raise UsageError(
-            f"patch size {config.patch_size} does not divide the image size {height}x{width};"
+            f"--patch-size {config.patch_size} does not divide the image size {height}x{width};"
             " give another --img-size or --patch-size"
         )
     arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}
@@ -76,27 +84,27 @@ def finetune(
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
     spec = model_spec(config, data)
-    with open_run(engine, "finetune", recipe, config, options, data.checksums) as folder:
+    torch.manual_seed(config.seed)
+    model = spec.build()
+    assert isinstance(model, VisionTransformer)
+    adapted: list[str] = []
+    if config.init != "none":
+        source, _ = load_model(config.init)
+        assert isinstance(source, VisionTransformer)
+        adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
+    hardware = prepare(model, engine, options)
+    with open_run(engine, "finetune", recipe, config, options, data.checksums, hardware) as folder:
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )
-        torch.manual_seed(config.seed)
-        model = spec.build()
-        assert isinstance(model, VisionTransformer) and train_set.labels is not None
-        adapted: list[str] = []
-        if config.init != "none":
-            source, _ = load_model(config.init)
-            assert isinstance(source, VisionTransformer)
-            adapted = load_encoder(
-                model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed
-            )
         say(
             f"finetune on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
-            f" {describe(engine)}; {folder}"
+            f" {hardware}; {folder}"
         )
         labels, num_classes = train_set.labels, len(data.class_names)
+        assert labels is not None
 
         def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
             index = batch_index(len(train_set), config.batch_size, config.seed, step)

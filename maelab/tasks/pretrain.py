@@ -12,6 +12,7 @@ from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import (
+    check_masking,
     count_parameters,
     extract_features,
     knn_accuracy,
@@ -21,19 +22,11 @@ from maelab.inference import (
 from maelab.model import MaskedAutoencoderViT, patchify
 from maelab.training.checkpoint import ModelSpec, write_json
 from maelab.training.loop import Task, train
-from maelab.training.parallel import describe, start_engine
+from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
 
 KNN_IMAGES = 10_000  # k-NN during training compares with so many training images at most
 PICTURED = 8
-
-
-def check_masking(num_patches: int, mask_ratio: float) -> None:
-    """Refuse a ratio that would hide every patch or none."""
-    kept = int(num_patches * (1 - mask_ratio))
-    if not 0 < kept < num_patches:
-        what = "no patch to see" if kept == 0 else "no patch hidden"
-        raise UsageError(f"--mask-ratio {mask_ratio} leaves {what}: the image has {num_patches} patches")
 
 
 def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
@@ -82,17 +75,17 @@ def pretrain(
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
     spec = model_spec(config, data)
-    with open_run(engine, "pretrain", recipe, config, options, data.checksums) as folder:
+    torch.manual_seed(config.seed)
+    model = spec.build()
+    assert isinstance(model, MaskedAutoencoderViT)
+    num_patches, hardware = model.num_patches, prepare(model, engine, options)
+    with open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder:
         train_set, val_set = (part.to(engine.device) for part in training_sets(data, config))
-        torch.manual_seed(config.seed)
-        model = spec.build()
-        assert isinstance(model, MaskedAutoencoderViT)
-        num_patches = model.num_patches
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {config.mask_ratio:.0%} hidden;"
-            f" {count_parameters(model) / 1e6:.2f}M parameters; {describe(engine)}; {folder}"
+            f" {count_parameters(model) / 1e6:.2f}M parameters; {hardware}; {folder}"
         )
 
         def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from maelab.inference import classification_scores, extract_features, knn_accura
 from maelab.model import VisionTransformer
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model, write_json
 from maelab.training.loop import Task, train
-from maelab.training.parallel import describe, start_engine
+from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
 
 
@@ -40,17 +40,19 @@ def probe(
     """
     options = options or RunOptions()
     model, encoder = load_model(config.init)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{config.init} is a linear probe; name the run that it judged")
     engine = start_engine(options, config.precision)
-    assert isinstance(model, VisionTransformer)
     if config.pool == "token" and not model.num_prefix_tokens:
         raise UsageError(f"{config.init} has no class token; use --pool avg")
     data = load_matching_data(encoder, None if config.data == "same" else config.data, options.data_dir)
     if data.train.labels is None or data.test is None:
         raise UsageError(f"{data.name} has no labels to probe with")
-    with open_run(engine, "probe", recipe, config, options, data.checksums) as folder:
+    hardware = prepare(model, engine, options)
+    with open_run(engine, "probe", recipe, config, options, data.checksums, hardware) as folder:
         parts = {"train": training_sets(data, config, config.label_fraction)[0]}
         parts |= {"val": training_sets(data, config)[1], "test": data.test}
-        say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {describe(engine)}; {folder}")
+        say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {hardware}; {folder}")
         model.to(engine.device)
         with engine.autocast():
             features = {k: extract_features(model, v.to(engine.device), config.pool) for k, v in parts.items()}

@@ -11,10 +11,10 @@ from maelab.config import RunOptions
 from maelab.data.batches import scale
 from maelab.data.folder import read_image
 from maelab.errors import UsageError
-from maelab.inference import reconstruct_images
+from maelab.inference import check_masking, reconstruct_images
 from maelab.model import MaskedAutoencoderViT
 from maelab.training.checkpoint import load_matching_data, load_model
-from maelab.training.parallel import start_engine
+from maelab.training.parallel import prepare, start_engine
 
 
 def reconstruct(
@@ -50,8 +50,9 @@ def reconstruct(
         raise UsageError(f"{run} is a {spec.model}; only a pretraining run can reconstruct")
     ratios = list(mask_ratios or (spec.mask_ratio or 0.75,))
     for ratio in ratios:
-        if not 0 < int(model.num_patches * (1 - ratio)) < model.num_patches:
-            raise UsageError(f"--mask-ratio {ratio} hides no patch or leaves none of the {model.num_patches} patches")
+        check_masking(model.num_patches, ratio)
+    if count < 1:
+        raise UsageError(f"--count must be at least 1, got {count}")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
     if images:
@@ -61,7 +62,7 @@ def reconstruct(
         pool = (data.test or data.train).images
         shown = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
     engine = start_engine(options)
-    model.to(engine.device)
+    prepare(model.to(engine.device), engine, options)
     groups, errors = [], {}
     for ratio in ratios:
         with engine.autocast():

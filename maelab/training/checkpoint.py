@@ -1,5 +1,6 @@
 """Checkpoints: a portable one (model.safetensors and config.json) and, beside it, what resuming needs (training.pt)."""
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -41,14 +42,25 @@ class ModelSpec:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises:
+        RunError: if it cannot be written, e.g. because the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; what was there before stands") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # above all where its folder could not be made
+        temporary.unlink()
 
 
 def write_json(path: Path, content: object) -> None:
@@ -88,11 +100,11 @@ def read_spec(path: str | Path) -> ModelSpec:
     file = find_checkpoint(path) / "config.json"
     try:
         content = json.loads(file.read_text())
-        if content.pop("format") != 1 or content["model"] not in MODELS:
+        if content.pop("format") != 1 or content["model"] not in MODELS or not isinstance(content["arguments"], dict):
             raise ValueError("not a format that this version knows")
         return ModelSpec(**{**content, "class_names": tuple(content["class_names"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file} is damaged or not a maelab checkpoint: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file} is damaged or not a maelab checkpoint ({type(error).__name__}: {error})") from error
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
@@ -116,7 +128,7 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
     """The data set `name` (None: the one the model was trained on), checked to fit the model.
 
     Raises:
-        UsageError: if image size, channels or number of classes do not fit.
+        UsageError: if image size or channels do not fit.
     """
     channels = spec.arguments["in_chans"]
     data = load(name or spec.data, data_dir=data_dir, img_size=tuple(spec.arguments["img_size"]), in_chans=channels)
@@ -124,8 +136,6 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
         raise UsageError(
             f"{data.name} has images with {data.train.images.shape[1]} channels; the model was trained with {channels}"
         )
-    if spec.class_names and data.class_names and len(data.class_names) != len(spec.class_names):
-        raise UsageError(f"{data.name} has {len(data.class_names)} classes; the model knows {len(spec.class_names)}")
     return data
 
 
@@ -136,11 +146,11 @@ def save_training(file: Path, state: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)
         os.replace(temporary, file)
-    except RuntimeError as error:  # torch's writer reports a full disk as a RuntimeError
-        why = str(error).splitlines()[0]
-        raise RunError(f"could not write {file}: {why}; the checkpoint before it stands") from error
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        why = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise RunError(f"cannot write {file}: {why}; the checkpoint before it stands") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def load_training(file: Path) -> dict[str, Any] | None:
@@ -154,4 +164,5 @@ def load_training(file: Path) -> dict[str, Any] | None:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RunError(f"{file} is damaged ({str(error).splitlines()[0]}); start anew with --overwrite") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{file} is damaged ({why}); remove {file.parents[2]} to start anew") from error

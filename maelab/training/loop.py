@@ -46,7 +46,7 @@ class Task:
         items: how many training items make an epoch.
         step_loss: (model, step, part, parts) -> {"loss": mean, ...} over the given part of the step's batch; further
             entries are averaged over the epoch and logged.
-        validate: (model, epoch from 1) -> metrics on validation, without gradients.
+        validate: (model, epoch from 1) -> {"loss": ..., further metrics} on validation, without gradients.
         metric: the entry of `validate` that chooses the best epoch.
         higher_is_better: direction of that metric.
         patience: epochs without a better one before stopping; 0 never stops.
@@ -145,12 +145,12 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
             save_training(last / "training.pt", state)
         engine.barrier()
 
-    def check(loss: float) -> None:
+    def check(loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            step = position["step"] + 1
+            kept = f"{last} stands as it was before" if (last / "training.pt").exists() else "nothing was saved yet"
             raise RunError(
-                f"the loss is {loss} at step {step} (epoch {(step - 1) // per_epoch + 1}); the checkpoints in {folder}"
-                " are from before. Try a lower --blr or --muon-lr, --clip-grad 1, or --precision fp32"
+                f"the loss is {loss} at step {step + 1} (epoch {step // per_epoch + 1}); {kept};"
+                " try a lower --blr or --muon-lr, --clip-grad 1, or --precision fp32"
             )
 
     log_folder = folder if engine.is_global_zero else None
@@ -169,10 +169,11 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
                     part_of_all = engine.global_rank * config.accumulate + part
                     torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for drop path
                     with engine.no_backward_sync(model, enabled=part + 1 < config.accumulate):
-                        values = task.step_loss(model, step, part_of_all, parts)
+                        with engine.autocast():
+                            values = task.step_loss(model, step, part_of_all, parts)
                         engine.backward(values["loss"] / config.accumulate)
                     if engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
-                        check(values["loss"].item())
+                        check(values["loss"].item(), step)
                     for key, value in values.items():
                         part_of_sum = value.detach().double() / config.accumulate
                         position["sums"][key] = position["sums"].get(key, 0) + part_of_sum
@@ -192,7 +193,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
                 if now - shown > SHOW_SECONDS or stopping:
                     shown = now
                     loss = float(position["sums"]["loss"]) / (step % per_epoch + 1)
-                    check(loss)
+                    check(loss, step)
                     rate = batch_size * (position["step"] - first_step) / (now - begun)
                     text = f"epoch {step // per_epoch + 1}/{config.epochs}  loss {loss:.4f}{task.note}"
                     log.step(position["step"], f"{text}  lr {_top_rate(optimizers):.2e}  {rate:.0f} images/s")
@@ -200,10 +201,11 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
                     epoch = position["step"] // per_epoch
                     sums, position["sums"] = position["sums"], {}
                     position["train"] = {k: _mean(engine, v) / per_epoch for k, v in sums.items()}
-                    check(position["train"]["loss"])
+                    check(position["train"]["loss"], step)
                     judged.eval()
                     with torch.no_grad(), engine.autocast():
                         val = task.validate(judged, epoch)
+                    check(val["loss"], step)  # the weights may have gone with the last update
                     better = val[task.metric] > position["best"].get(task.metric, -math.inf)
                     if not task.higher_is_better:
                         better = val[task.metric] < position["best"].get(task.metric, math.inf)

@@ -8,13 +8,18 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch import nn
 
 from maelab.config import RunOptions
 from maelab.errors import UsageError
+from maelab.model import fast
+from maelab.model.vit import Attention, Block
 
 Engine = Fabric
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it repeats what `describe` says
+# The gradient of a patch embedding of one channel has a dimension of size 1, whose stride means nothing.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 
 def choose_precision(wanted: str, device: str) -> str:
@@ -67,12 +72,33 @@ def start_engine(options: RunOptions, precision: str = "auto") -> Engine:
     return engine
 
 
-def describe(engine: Engine) -> str:
-    """One line that says what was chosen, e.g. 'cpu, bf16, 2 threads, 1 process'."""
-    precision = "bf16" if "bf16" in engine._precision.precision else "fp32"
-    kind = engine.device.type if engine.device.type == "cpu" else f"{engine.device.type} {torch.cuda.get_device_name()}"
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{kind}, {precision}, {threads}, {engine.world_size} process{'es' if engine.world_size > 1 else ''}"
+def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
+    """Set how the blocks of a model compute, for the hardware at hand or as forced by the options.
+
+    Returns:
+        One line that says what was chosen, e.g. 'cpu, bf16, native kernels, 2 threads'.
+    """
+    device, precision = engine.device.type, "bf16" if "bf16" in engine._precision.precision else "fp32"
+    native = options.kernels == "auto" and device == "cpu" and precision == "bf16" and fast.available()
+    compiled = options.compile == "on" or (options.compile == "auto" and device == "cuda")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.native = native
+            if compiled:
+                module.compile()  # block by block: equal blocks share one compilation
+        elif isinstance(module, Attention):
+            module.form = options.attention
+    attention = options.attention
+    if attention == "auto":
+        attention = "matmul" if device == "cpu" else "fused"
+    chosen = [f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device, precision]
+    chosen += ["native kernels"] if native else [f"{attention} attention"]
+    chosen += ["compiled"] if compiled else []
+    if device == "cpu":
+        chosen += [f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"]
+    if engine.world_size > 1:
+        chosen += [f"{engine.world_size} processes"]
+    return ", ".join(chosen)
 
 
 def tensorboard(folder: Path, purge_from: int) -> TensorBoardLogger:

@@ -1,9 +1,12 @@
 """The run folder: who may write in it, what lies in it, and what a person sees while it fills."""
 
+import contextlib
 import dataclasses
+import glob
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,9 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import maelab
 from maelab.config import RunOptions
-from maelab.errors import UsageError
+from maelab.errors import RunError, UsageError
 from maelab.training.checkpoint import write_json
-from maelab.training.parallel import Engine, describe, tensorboard
+from maelab.training.parallel import Engine, tensorboard
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -37,19 +40,27 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of the run folder, {} when it is missing or damaged."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    """A JSON object of the run folder, {} when it is missing.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    if not file.is_file():
         return {}
-    return content if isinstance(content, dict) else {}
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged: it holds no JSON object")
+    return content
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a row that was cut off while being written is left out."""
     rows = []
     file = folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -71,12 +82,13 @@ def _lock(folder: Path) -> filelock.BaseFileLock | None:
         return None
 
 
-def _default_folder(wanted: dict[str, Any], overwrite: bool) -> Path:
+def _default_folder(wanted: dict[str, Any]) -> Path:
     """The last runs/TASK-RECIPE-N if it is this very run, unfinished and idle; otherwise the next free N."""
     stem = f"{wanted['task']}-{wanted['recipe']}-"
-    taken = [int(p.name[len(stem) :]) for p in Path("runs").glob(stem + "*") if p.name[len(stem) :].isdecimal()]
-    if taken and not overwrite:
-        last = Path("runs") / f"{stem}{max(taken)}"
+    present = Path("runs").glob(glob.escape(stem) + "*")
+    taken = [int(p.name[len(stem) :]) for p in present if p.name[len(stem) :].isdecimal()]
+    last = Path("runs") / f"{stem}{max(taken, default=0)}"
+    with contextlib.suppress(RunError):  # a damaged folder is left alone
         if not is_complete(last) and read_json(last / "config.json") == wanted:
             lock = _lock(last)
             if lock is not None:
@@ -85,41 +97,66 @@ def _default_folder(wanted: dict[str, Any], overwrite: bool) -> Path:
     return Path("runs") / f"{stem}{max(taken, default=0) + 1}"
 
 
+class _Busy(UsageError):
+    """Another process works in the folder."""
+
+
 @contextmanager
 def open_run(
-    engine: Engine, task: str, recipe: str, config: object, options: RunOptions, checksums: dict[str, str]
+    engine: Engine,
+    task: str,
+    recipe: str,
+    config: object,
+    options: RunOptions,
+    checksums: dict[str, str],
+    hardware: str,
 ) -> Iterator[Path]:
     """Open the run folder for this run alone.
 
-    An unfinished folder with the same config is opened as it is, to go on; a complete one only with `overwrite`.
+    An unfinished folder with the same config is opened as it is, to go on; a complete one, or another run's, is
+    emptied with `overwrite`. A run that fails before its first checkpoint leaves nothing behind. `checksums` of the
+    data and the line on `hardware` go into env.json.
 
     Yields:
         The folder, which holds config.json and env.json.
 
     Raises:
         UsageError: if the folder is complete, holds another run, is in use, or is no run folder at all.
+        RunError: if it cannot be written, or its config.json is damaged.
     """
     wanted = resolved(task, recipe, config)
-    folder, lock, error = Path(), None, None
+    folder, lock, error = options.out or Path(), None, None
     if engine.is_global_zero:
         try:
-            folder = options.out or _default_folder(wanted, options.overwrite)
-            lock = _claim(folder, wanted, options.overwrite)
+            while lock is None:
+                folder = options.out or _default_folder(wanted)
+                try:
+                    lock = _claim(folder, wanted, checksums, options.overwrite)
+                except _Busy:
+                    if options.out:
+                        raise
             write_json(folder / "config.json", wanted)
-            write_json(folder / "env.json", environment(describe(engine), checksums))
-        except (UsageError, OSError) as problem:
+            write_json(folder / "env.json", environment(hardware, checksums))
+        except (UsageError, RunError) as problem:
             error = problem
+        except OSError as problem:
+            error = RunError(f"cannot write the run folder {folder}: {problem.strerror}; choose another with --out")
     folder, error = engine.broadcast((folder, error))  # every process learns it, and none waits for another
-    if error is not None:
-        raise error
     try:
+        if error is not None:
+            raise error
         yield folder
     finally:
         if lock is not None:
+            if not is_complete(folder) and not (folder / "checkpoints" / "last" / "training.pt").exists():
+                with contextlib.suppress(OSError):
+                    _empty(folder)
+                    (folder / ".lock").unlink(missing_ok=True)
+                    folder.rmdir()
             lock.release()
 
 
-def _claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> filelock.BaseFileLock:
+def _claim(folder: Path, wanted: dict[str, Any], checksums: dict[str, str], overwrite: bool) -> filelock.BaseFileLock:
     """Check that the folder may be written for the run `wanted`, and lock it."""
     if folder.is_file():
         raise UsageError(f"--out {folder} is a file; give the name of a folder")
@@ -129,21 +166,40 @@ def _claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> filelock.Ba
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     if lock is None:
-        raise UsageError(f"another process is working in {folder}; wait for it or choose another --out")
-    if present and overwrite:
-        for path in folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif is_complete(folder):
-        raise UsageError(f"{folder} holds a complete run; use --overwrite to replace it, or another --out")
-    elif present and present != wanted:
-        other = sorted(k for k in wanted.keys() | present.keys() if wanted.get(k) != present.get(k))
-        shown = ", ".join(f"{k} {present.get(k)} instead of {wanted.get(k)}" for k in other[:3])
-        raise UsageError(f"{folder} holds an unfinished run with {shown}; use --overwrite or another --out")
+        raise _Busy(f"another process is working in {folder}; wait for it or choose another --out")
+    try:
+        images_changed = read_json(folder / "env.json").get("data_md5", checksums) != checksums
+        other = [k for k in sorted(wanted.keys() | present.keys()) if wanted.get(k) != present.get(k)]
+        if present and (is_complete(folder) or other or images_changed):
+            if not overwrite:
+                if is_complete(folder):
+                    what = "a complete run"
+                elif other:
+                    fields = ", ".join(f"{k} {present.get(k)} instead of {wanted.get(k)}" for k in other[:3])
+                    what = f"an unfinished run with {fields}{', ...' if other[3:] else ''}"
+                else:
+                    what = "an unfinished run on other images: the data have changed since it began"
+                raise UsageError(f"{folder} holds {what}; use --overwrite to replace it, or another --out")
+            _empty(folder)
+        for path in folder.rglob(".*"):  # a killed process may have left a part of a file under its temporary name
+            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+                path.unlink()
+    except BaseException:
+        lock.release()
+        raise
     return lock
 
 
-def environment(device: str, checksums: dict[str, str]) -> dict[str, Any]:
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock; config.json last, so that what is left of it stays known as a run folder."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def environment(hardware: str, checksums: dict[str, str]) -> dict[str, Any]:
     """What a result depends on beside the config: versions, hardware, threads, commit, checksums of the data."""
     package = Path(maelab.__file__).parent
     git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -158,7 +214,7 @@ def environment(device: str, checksums: dict[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "engine": device,
+        "hardware": hardware,
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -182,7 +238,8 @@ class RunLog:
         self._file = None
         if folder is not None:
             self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - closed by close()
-            self._file.truncate(length)
+            self._file.truncate(min(length, self._file.tell()))  # not longer: that would fill it with zeros
+            self._file.seek(0, os.SEEK_END)
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
         silent = folder is None or not console.is_terminal
