@@ -24,7 +24,7 @@ SOURCE = Path(__file__).parents[1] / "native" / "kernels.c"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
 MAX_TOKENS = 1024  # a head's scores have to stay in cache
-CHUNK_ROWS = int(os.environ.get("MAELAB_ROWS", "260"))  # tokens that a thread takes through a block at a time
+CHUNK_ROWS = 260  # tokens that a thread takes through a block at a time
 
 _INTS = ["B", "L", "T", "D", "H", "F", "threads", "rows"]
 _PARAMETERS = ["n1w", "n1b", "qkvb", "projb", "n2w", "n2b", "fc1b", "fc2b", "qkvw", "projw", "fc1w", "fc2w"]
@@ -214,7 +214,11 @@ class Muon(torch.optim.Muon):
                 state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             assert p.grad is not None
             kept.append(p.grad.contiguous())
-            slot.weight, slot.momentum, slot.grad = p.data_ptr(), state["momentum_buffer"].data_ptr(), kept[-1].data_ptr()
+            slot.weight, slot.momentum, slot.grad = (
+                p.data_ptr(),
+                state["momentum_buffer"].data_ptr(),
+                kept[-1].data_ptr(),
+            )
             slot.rows, slot.cols = p.shape
             slot.lr = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             slot.decay = group["lr"] * group["weight_decay"]
