@@ -1,6 +1,8 @@
 """Training speed, side by side: maelab, Hugging Face's models of the same shape, and the matrix products alone."""
 
 import datetime
+import functools
+import itertools
 import json
 import statistics
 import subprocess
@@ -181,22 +183,29 @@ def products(
 
 
 def _floor_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, bf16: bool) -> Step:
-    """The step's products alone, by torch.mm and torch.bmm, in the layouts that training has, on operands at hand."""
+    """The step's products alone, by torch.bmm into memory at hand. Each has its factors as they lie or transposed,
+    whichever of the four ways is the fastest here, though training cannot always choose."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     _, C, height, width = data.images.shape
-    operands: dict[tuple[int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     todo = list(products(config, (C, height, width)))
-    for count, M, K, N in todo:
-        left = torch.randn(count, M, K, device=device).to(dtype)
-        right = torch.randn(count, K, N, device=device).to(dtype)
-        if count == 1 and max(M, N) < K and K % config.batch_size == 0:  # g^T x: g lies row by row
-            left = left.transpose(1, 2).contiguous().transpose(1, 2)
-        operands.setdefault((count, M, K, N), (left, right))
+    runs: dict[tuple[int, int, int, int], Callable[[], object]] = {}
+    for count, M, K, N in set(todo):
+        out = torch.empty(count, M, N, device=device, dtype=dtype)
+        ways = []
+        for turn_left, turn_right in itertools.product((False, True), repeat=2):
+            left = torch.randn(count, *((K, M) if turn_left else (M, K)), device=device).to(dtype)
+            right = torch.randn(count, *((N, K) if turn_right else (K, N)), device=device).to(dtype)
+            left, right = left.mT if turn_left else left, right.mT if turn_right else right
+            if count == 1:
+                run = functools.partial(torch.mm, left[0], right[0], out=out[0])
+            else:
+                run = functools.partial(torch.bmm, left, right, out=out)
+            ways.append((min(_seconds(lambda _, run=run: run(), 0, 1, device) for _ in range(4)), run))
+        runs[count, M, K, N] = min(ways, key=lambda way: way[0])[1]
 
     def step(number: int) -> None:
         for key in todo:
-            left, right = operands[key]
-            torch.mm(left[0], right[0]) if key[0] == 1 else torch.bmm(left, right)
+            runs[key]()
 
     return step
 
@@ -215,14 +224,15 @@ def _seconds(step: Step, first: int, count: int, device: str) -> float:
 
 def _peak_rss_mb(name: str, threads: int) -> float:
     """Peak resident memory of a process that does nothing but train; run in a fresh one."""
-    import resource
-
     torch.set_num_threads(threads)
     config = cases()[name]
     step = _our_step(config, _noise_images(config, "cpu"), "cpu")
     for number in range(RSS_STEPS):
         step(number)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")  # getrusage would count the parent's memory before exec
+    if not status.exists():
+        return float("nan")
+    return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
