@@ -34,6 +34,7 @@ from maelab.training.runlog import environment
 IMAGES = 10_000
 CLASSES = 10
 RSS_STEPS = 4
+TURN_SECONDS = 1.0
 COLUMNS = {
     "maelab_images_per_s": "maelab", "peer_fp32_images_per_s": "peer fp32", "peer_bf16_images_per_s": "peer bf16",
     "floor_images_per_s": "products alone", "ratio_fp32": "x fp32", "ratio_bf16": "x bf16",
@@ -236,7 +237,7 @@ def _peak_rss_mb(name: str, threads: int) -> float:
 
 
 def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
-    """One case: all contestants in turns, medians over `repeats` turns of about half a second or one step."""
+    """One case: all contestants in turns, medians over `repeats` turns of about a second or one step."""
     config = cases()[name]
     data = _noise_images(config, device)
     bf16 = choose_precision("auto", device) == "bf16"
@@ -248,14 +249,13 @@ def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
         "floor": _floor_step(config, data, device, bf16),
         "batch": lambda number: _batch(config, data, number),
     }
-    counts = {}
-    for who, step in steps.items():  # warm up
+    for step in steps.values():
         _seconds(step, 0, 1, device)
-        counts[who] = max(1, min(50, round(0.5 / _seconds(step, 1, 1, device))))
     times: dict[str, list[float]] = {who: [] for who in steps}
     for turn in range(repeats):
-        for who, step in steps.items():
-            times[who].append(_seconds(step, 2 + turn * counts[who], counts[who], device))
+        for who, step in steps.items():  # the first step after another's turn finds cold caches: it only sets the count
+            count = max(1, min(50, round(TURN_SECONDS / _seconds(step, 100 * turn, 1, device))))
+            times[who].append(_seconds(step, 100 * turn + 1, count, device))
     median = {who: statistics.median(values) for who, values in times.items()}
     if device == "cpu":
         code = f"from maelab.bench import _peak_rss_mb; print(_peak_rss_mb({name!r}, {torch.get_num_threads()}))"
