@@ -24,7 +24,7 @@ SOURCE = Path(__file__).parents[1] / "native" / "kernels.c"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
 MAX_TOKENS = 1024  # a head's scores have to stay in cache
-CHUNK_ROWS = int(os.environ.get("MAELAB_ROWS", "260"))  # tokens that a thread takes through a block at a time
+CHUNK_ROWS = 260  # tokens that a thread takes through a block at a time
 
 _INTS = ["B", "L", "T", "D", "H", "F", "threads", "rows"]
 _PARAMETERS = ["n1w", "n1b", "qkvb", "projb", "n2w", "n2b", "fc1b", "fc2b", "qkvw", "projw", "fc1w", "fc2w"]
@@ -37,6 +37,14 @@ class _BlockArguments(ctypes.Structure):
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("need_weights", ctypes.c_int64),
+    ]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ["weight", "momentum", "grad"]),
+        *((name, ctypes.c_int64) for name in ["rows", "cols"]),
+        *((name, ctypes.c_float) for name in ["lr", "decay"]),
     ]
 
 
@@ -74,7 +82,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)  # two processes at once: the last one wins, both are whole
         library = ctypes.CDLL(str(path))  # finds the OpenMP runtime that torch has loaded: one pool of threads
-        library.block_workspace.restype = ctypes.c_int64
+        library.block_workspace.restype = library.muon_workspace.restype = ctypes.c_int64
         if library.start():
             return None, "the system does not grant the use of AMX tiles"
         return library, f"native bfloat16 kernels ({path.name})"
@@ -109,7 +117,6 @@ def usable(block: "Block", x: torch.Tensor) -> bool:
         and F % 32 == 0
         and (D // H) % 16 == 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and available()
     )
 
@@ -148,7 +155,7 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         library = _load()[0]
         assert library is not None
         _packed, x, _, _, *parameters = ctx.saved_tensors
@@ -180,3 +187,58 @@ def run(block: "Block", x: torch.Tensor, tail: int | None = None) -> torch.Tenso
     ]  # fmt: skip
     tail = x.shape[1] if tail is None else tail
     return _RunBlock.apply(x.contiguous(), tail, a.num_heads, block.norm1.eps, *scales, *parameters)
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon whose step runs in the native kernels where they can: every matrix float32 on a CPU, its sides
+    multiples of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        matrices = [p for _, parameters in groups for p in parameters]
+        library = _load()[0] if matrices and all(_fits(p) for p in matrices) else None
+        first = self.param_groups[0]
+        same = all(
+            group["nesterov"] and group["ns_steps"] == 5 and group["adjust_lr_fn"] in (None, "original")
+            and group["momentum"] == first["momentum"] and group["ns_coefficients"] == first["ns_coefficients"]
+            for group, _ in groups
+        )  # fmt: skip
+        if library is None or closure is not None or not same:
+            return super().step(closure)
+        array = (_Matrix * len(matrices))()
+        kept = []  # contiguous copies live until the call returns
+        for slot, (group, p) in zip(array, [(group, p) for group, ps in groups for p in ps], strict=True):
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            assert p.grad is not None
+            kept.append(p.grad.contiguous())
+            slot.weight, slot.momentum, slot.grad = (
+                p.data_ptr(),
+                state["momentum_buffer"].data_ptr(),
+                kept[-1].data_ptr(),
+            )
+            slot.rows, slot.cols = p.shape
+            slot.lr = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            slot.decay = group["lr"] * group["weight_decay"]
+        short, long = max(min(p.shape) for p in matrices), max(max(p.shape) for p in matrices)
+        threads = min(torch.get_num_threads(), len(matrices))
+        size = library.muon_workspace(ctypes.c_int64(short), ctypes.c_int64(long), ctypes.c_int64(threads))
+        stride = (size - 4096) // threads
+        library.muon(
+            array, ctypes.c_int64(len(matrices)), ctypes.c_float(first["momentum"]),
+            (ctypes.c_float * 3)(*first["ns_coefficients"]), ctypes.c_void_p(_workspace(size).data_ptr()),
+            ctypes.c_int64(stride), ctypes.c_int64(threads),
+        )  # fmt: skip
+        return None
+
+
+def _fits(p: torch.Tensor) -> bool:
+    return (
+        p.device.type == "cpu"
+        and p.dtype is torch.float32
+        and p.is_contiguous()
+        and p.shape[0] % 32 == 0
+        and p.shape[1] % 32 == 0
+    )

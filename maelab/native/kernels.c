@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #include <malloc.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -737,6 +738,105 @@ void block_backward(const Block *p) {
             long pieces = m[i].M * m[i].N / 1024;
             unpack(m[i].acc, stride, parts, m[i].M, m[i].N, m[i].transposed, out, pieces * part / parts,
                    pieces * (part + 1) / parts);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- Muon
+
+typedef struct {
+    float *weight, *momentum;
+    const float *grad;
+    int64_t rows, cols;  // multiples of 32
+    float lr, decay;     // of this matrix, adjusted for its shape; decay is already multiplied by the rate
+} Matrix;
+
+typedef struct { bf16 *x, *gram, *left, *right; float *c; } MuonWork;
+
+static size_t muon_layout(long m, long n, char *base, MuonWork *w) {
+    w->x = (void *)base;
+    w->left = w->x + m * n;
+    w->right = w->left + m * n;
+    w->gram = w->right + m * n;
+    w->c = (float *)(w->gram + m * m);
+    return UP(10 * m * n + 2 * m * m, 4096) + 192;
+}
+
+int64_t muon_workspace(int64_t shortest, int64_t longest, int64_t threads) {
+    MuonWork w;
+    return threads * muon_layout(shortest, longest, 0, &w) + 4096;
+}
+
+// Five Newton-Schulz steps of Muon (Jordan et al. 2024) on x (rows, cols): x = a x + (b G + c G G) x with G = x x^T, or
+// from the other side where x is tall.
+static void orthogonalize(long rows, long cols, const MuonWork *w, const float *abc) {
+    __m512 ka = _mm512_set1_ps(abc[0]), kb = _mm512_set1_ps(abc[1]), kc = _mm512_set1_ps(abc[2]);
+    bf16 *x = w->x, *gram = w->gram;
+    float *c = w->c;
+    int tall = rows > cols;
+    long m = tall ? cols : rows;
+    for (int step = 0; step < 5; step++) {
+        if (tall) {
+            pack_left(x, cols, rows, cols, w->left, 0);
+            pack_right(x, cols, rows, cols, w->right, 0);
+            mul(m / 16, m / 16, rows / 32, w->left, rows * 32, 1024, 64, w->right, c, 4 * m);
+        } else {
+            pack_columns(x, cols, rows, cols, w->right);
+            mul(m / 16, m / 16, cols / 32, x, 32 * cols, 64, 2 * cols, w->right, c, 4 * m);
+        }
+        for (long i = 0; i < m; i++)
+            for (long j = 0; j < m; j += 32) {
+                const float *s = c + (tall ? position(i) : i) * m + j;
+                __m512 low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
+                if (tall) in_order(&low, &high);
+                _mm512_storeu_si512(gram + i * m + j, two_to_bf16(low, high));
+            }
+        pack_columns(gram, m, m, m, w->right);  // symmetric: as good as its rows
+        mul(m / 16, m / 16, m / 32, gram, 32 * m, 64, 2 * m, w->right, c, 4 * m);
+        for (long i = 0; i < m * m; i += 16)
+            to_bf16(gram + i, _mm512_fmadd_ps(kc, _mm512_loadu_ps(c + i), _mm512_mul_ps(kb, from_bf16(gram + i))));
+        if (tall) {
+            pack_columns(gram, m, m, m, w->right);
+            mul(rows / 16, m / 16, m / 32, x, 32 * m, 64, 2 * m, w->right, c, 4 * m);
+        } else {
+            pack_right(x, cols, rows, cols, w->right, 0);
+            mul(m / 16, cols / 16, m / 32, gram, 32 * m, 64, 2 * m, w->right, c, 4 * cols);
+        }
+        for (long i = 0; i < rows * cols; i += 32) {
+            __m512 low = _mm512_loadu_ps(c + i), high = _mm512_loadu_ps(c + i + 16);
+            if (!tall) in_order(&low, &high);
+            low = _mm512_fmadd_ps(ka, from_bf16(x + i), low), high = _mm512_fmadd_ps(ka, from_bf16(x + i + 16), high);
+            _mm512_storeu_si512(x + i, two_to_bf16(low, high));
+        }
+    }
+}
+
+// One step of Muon with Nesterov momentum for every matrix; a thread takes one matrix at a time.
+void muon(const Matrix *all, int64_t count, float momentum, const float *abc, char *work, int64_t stride, int64_t threads) {
+    work = (char *)UP((uintptr_t)work, 64);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long j = 0; j < count; j++) {
+        const Matrix *p = all + j;
+        long size = p->rows * p->cols, m = MIN(p->rows, p->cols);
+        MuonWork w;
+        muon_layout(m, size / m, work + omp_get_thread_num() * stride, &w);
+        __m512 keep = _mm512_set1_ps(momentum), square = _mm512_setzero_ps();
+        for (long i = 0; i < size; i += 16) {
+            __m512 g = _mm512_loadu_ps(p->grad + i), b = _mm512_loadu_ps(p->momentum + i);
+            b = _mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g);
+            _mm512_storeu_ps(p->momentum + i, b);
+            to_bf16(w.x + i, _mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g));
+            square = _mm512_fmadd_ps(from_bf16(w.x + i), from_bf16(w.x + i), square);
+        }
+        float norm = sqrtf(_mm512_reduce_add_ps(square));
+        __m512 scale = _mm512_set1_ps(1.0f / (norm > 1e-7f ? norm : 1e-7f));
+        for (long i = 0; i < size; i += 16) to_bf16(w.x + i, _mm512_mul_ps(from_bf16(w.x + i), scale));
+        tiles_on();
+        orthogonalize(p->rows, p->cols, &w, abc);
+        _tile_release();
+        for (long i = 0; i < size; i += 16) {
+            __m512 v = _mm512_mul_ps(_mm512_loadu_ps(p->weight + i), _mm512_set1_ps(1.0f - p->decay));
+            _mm512_storeu_ps(p->weight + i, _mm512_fnmadd_ps(from_bf16(w.x + i), _mm512_set1_ps(p->lr), v));
         }
     }
 }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from maelab.config import LoopConfig
+from maelab.model.fast import Muon
 
 BETA1 = 0.9
 MUON_MOMENTUM = 0.95
@@ -47,7 +48,7 @@ def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 
         (muon if use_muon else adamw).append(group)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        optimizers.append(torch.optim.Muon(muon, momentum=MUON_MOMENTUM))
+        optimizers.append(Muon(muon, momentum=MUON_MOMENTUM))
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(BETA1, config.beta2), fused=True))
     return optimizers

@@ -1,0 +1,353 @@
+"""Training speed, side by side: maelab, Hugging Face's models of the same shape, and the matrix products alone."""
+
+import datetime
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from maelab import recipes
+from maelab.config import FinetuneConfig, PretrainConfig
+from maelab.data import Dataset, ImageSet
+from maelab.data.augment import augment
+from maelab.data.batches import batch_index, step_generator
+from maelab.errors import UsageError
+from maelab.model import fast
+from maelab.tasks import finetune, pretrain
+from maelab.training.checkpoint import write_atomically, write_json
+from maelab.training.optim import build_optimizers
+from maelab.training.parallel import choose_precision
+from maelab.training.runlog import environment
+
+IMAGES = 10_000
+CLASSES = 10
+RSS_STEPS = 4
+TURN_SECONDS = 1.0
+COLUMNS = {
+    "maelab_images_per_s": "maelab", "peer_fp32_images_per_s": "peer fp32", "peer_bf16_images_per_s": "peer bf16",
+    "floor_images_per_s": "products alone", "ratio_fp32": "x fp32", "ratio_bf16": "x bf16",
+    "fraction_of_floor": "share of it", "data_share": "batches", "peak_rss_mb": "peak MB",
+}  # fmt: skip
+
+Step = Callable[[int], object]
+
+VIT_T = {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3, "crop_padding": 4, "flip": True}
+
+
+def cases() -> dict[str, PretrainConfig | FinetuneConfig]:
+    """What is measured: ViT-T on 32x32x3 as an autoencoder, the default recipe for MNIST, and ViT-T as a classifier."""
+    return {
+        "mae-vit-t-32": PretrainConfig(data="cifar10", **VIT_T),
+        "mae-mnist": recipes.pretrain_mnist(),
+        "finetune-vit-t-32": FinetuneConfig(data="cifar10", **VIT_T, global_pool="token"),
+    }
+
+
+def _noise_images(config: PretrainConfig | FinetuneConfig, device: str) -> ImageSet:
+    """Random pixels of the data set's shape: what they show does not change the speed."""
+    shape = (3, 32, 32) if config.data == "cifar10" else (1, 28, 28)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (IMAGES, *shape), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.randint(CLASSES, (IMAGES,), generator=generator)).to(device)
+
+
+def _batch(config: PretrainConfig | FinetuneConfig, data: ImageSet, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images float32 (B, C, H, W) in [-1, 1] from uint8, varied, and labels (B,): the same for everyone."""
+    assert data.labels is not None
+    index = batch_index(len(data), config.batch_size, config.seed, step)
+    return augment(data.images, index, config, step_generator(config.seed, step)), data.labels[
+        index.to(data.labels.device)
+    ]
+
+
+def _our_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str) -> Step:
+    dataset = Dataset("bench", data, data, tuple(map(str, range(CLASSES))), {}, ())
+    if isinstance(config, PretrainConfig):
+        model = pretrain.model_spec(config, dataset).build()
+    else:
+        model = finetune.model_spec(config, dataset).build()
+    model.to(device).train()
+    optimizers = build_optimizers(model, config)
+    bf16 = choose_precision(config.precision, device) == "bf16"
+
+    def step(number: int) -> None:
+        images, labels = _batch(config, data, number)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            if isinstance(config, PretrainConfig):
+                loss = model.training_loss(images, config.mask_ratio)  # type: ignore[operator]
+            else:
+                loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _peer_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, bf16: bool) -> Step:
+    """Hugging Face's model of the same shape, as it comes, with AdamW."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("the benchmark's peer is not installed: pip install 'maelab[bench]'") from error
+    shape: dict[str, Any] = {
+        "image_size": data.images.shape[-1], "num_channels": data.images.shape[1], "patch_size": config.patch_size,
+        "hidden_size": config.embed_dim, "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
+        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
+    }  # fmt: skip
+    if isinstance(config, PretrainConfig):
+        decoder: dict[str, Any] = {
+            "decoder_hidden_size": config.decoder_embed_dim, "decoder_num_hidden_layers": config.decoder_depth,
+            "decoder_num_attention_heads": config.decoder_num_heads,
+            "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
+        }  # fmt: skip
+        model: Any = transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(**shape, **decoder, mask_ratio=config.mask_ratio)
+        )
+    else:
+        labels: dict[str, Any] = {"num_labels": CLASSES}
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**shape, **labels))
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(number: int) -> None:
+        images, truth = _batch(config, data, number)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            more = {} if isinstance(config, PretrainConfig) else {"labels": truth}
+            loss = model(pixel_values=images, **more).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def products(
+    config: PretrainConfig | FinetuneConfig, image: tuple[int, int, int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """The matrix products of a training step, each (count, M, K, N): count products of (M, K) by (K, N).
+
+    Forward x w^T; backward g w and g^T x, for every linear layer. q k^T and p v of every head, and the four products
+    of their backward pass. Nothing twice, nothing that the loss does not read, no gradient of the pixels.
+    """
+    B, (C, height, width) = config.batch_size, image
+    patches, pixels, prefix = height * width // config.patch_size**2, config.patch_size**2 * C, int(config.class_token)
+
+    def linear(rows: int, K: int, N: int, first: bool = False) -> Iterator[tuple[int, int, int, int]]:
+        yield 1, B * rows, K, N
+        yield 1, N, B * rows, K
+        if not first:
+            yield 1, B * rows, N, K
+
+    def block(D: int, heads: int, tokens: int, out: int) -> Iterator[tuple[int, int, int, int]]:
+        d, hidden = D // heads, int(D * config.mlp_ratio)
+        yield from linear(tokens, D, 3 * D)
+        for M, K, N in ((out, d, tokens), (out, tokens, d), (tokens, out, d), (out, d, tokens), (out, tokens, d)):
+            yield B * heads, M, K, N  # scores, values; gradients of v, of the weights, of q
+        yield B * heads, tokens, out, d  # gradient of k
+        yield from linear(out, D, D)
+        yield from linear(out, D, hidden)
+        yield from linear(out, hidden, D)
+
+    D = config.embed_dim
+    if isinstance(config, FinetuneConfig):
+        yield from linear(patches, pixels, D, first=True)
+        for _ in range(config.depth):
+            yield from block(D, config.num_heads, prefix + patches, prefix + patches)
+        yield from linear(1, D, CLASSES)
+        return
+    visible = int(patches * (1 - config.mask_ratio))
+    yield from linear(visible, pixels, D, first=True)
+    for _ in range(config.depth):
+        yield from block(D, config.num_heads, prefix + visible, prefix + visible)
+    width = config.decoder_embed_dim
+    yield from linear(prefix + visible, D, width)
+    for i in range(config.decoder_depth):
+        last = i == config.decoder_depth - 1
+        yield from block(
+            width, config.decoder_num_heads, prefix + patches, patches - visible if last else prefix + patches
+        )
+    yield from linear(patches - visible, width, pixels)
+
+
+def _floor_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, bf16: bool) -> Step:
+    """The step's products alone, by torch.bmm into memory at hand. Each has its factors as they lie or transposed,
+    whichever of the four ways is the fastest here, though training cannot always choose."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    _, C, height, width = data.images.shape
+    todo = list(products(config, (C, height, width)))
+    runs: dict[tuple[int, int, int, int], Callable[[], object]] = {}
+    for count, M, K, N in set(todo):
+        out = torch.empty(count, M, N, device=device, dtype=dtype)
+        ways = []
+        for turn_left, turn_right in itertools.product((False, True), repeat=2):
+            left = torch.randn(count, *((K, M) if turn_left else (M, K)), device=device).to(dtype)
+            right = torch.randn(count, *((N, K) if turn_right else (K, N)), device=device).to(dtype)
+            left, right = left.mT if turn_left else left, right.mT if turn_right else right
+            if count == 1:
+                run = functools.partial(torch.mm, left[0], right[0], out=out[0])
+            else:
+                run = functools.partial(torch.bmm, left, right, out=out)
+            ways.append((min(_seconds(lambda _, run=run: run(), 0, 1, device) for _ in range(4)), run))
+        runs[count, M, K, N] = min(ways, key=lambda way: way[0])[1]
+
+    def step(number: int) -> None:
+        for key in todo:
+            runs[key]()
+
+    return step
+
+
+def _seconds(step: Step, first: int, count: int, device: str) -> float:
+    """Mean time of `count` steps."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for number in range(first, first + count):
+        step(number)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / count
+
+
+def _peak_rss_mb(name: str, threads: int) -> float:
+    """Peak resident memory of a process that does nothing but train; run in a fresh one."""
+    torch.set_num_threads(threads)
+    config = cases()[name]
+    step = _our_step(config, _noise_images(config, "cpu"), "cpu")
+    for number in range(RSS_STEPS):
+        step(number)
+    status = Path("/proc/self/status")  # getrusage would count the parent's memory before exec
+    if not status.exists():
+        return float("nan")
+    return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
+    """One case: all contestants in turns, medians over `repeats` turns of about a second or one step."""
+    config = cases()[name]
+    data = _noise_images(config, device)
+    bf16 = choose_precision("auto", device) == "bf16"
+    torch.manual_seed(0)
+    steps: dict[str, Step] = {
+        "maelab": _our_step(config, data, device),
+        "peer_fp32": _peer_step(config, data, device, bf16=False),
+        "peer_bf16": _peer_step(config, data, device, bf16=True),
+        "floor": _floor_step(config, data, device, bf16),
+        "batch": lambda number: _batch(config, data, number),
+    }
+    for step in steps.values():
+        _seconds(step, 0, 1, device)
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    for turn in range(repeats):
+        for who, step in steps.items():  # the first step after another's turn finds cold caches: it only sets the count
+            count = max(1, min(50, round(TURN_SECONDS / _seconds(step, 100 * turn, 1, device))))
+            times[who].append(_seconds(step, 100 * turn + 1, count, device))
+    median = {who: statistics.median(values) for who, values in times.items()}
+    if device == "cpu":
+        code = f"from maelab.bench import _peak_rss_mb; print(_peak_rss_mb({name!r}, {torch.get_num_threads()}))"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        peak = float(done.stdout)
+    else:
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    rate = {who: config.batch_size / seconds for who, seconds in median.items()}
+    return {
+        "name": name,
+        "maelab_images_per_s": round(rate["maelab"], 1),
+        "peer_fp32_images_per_s": round(rate["peer_fp32"], 1),
+        "peer_bf16_images_per_s": round(rate["peer_bf16"], 1),
+        "floor_images_per_s": round(rate["floor"], 1),
+        "ratio_fp32": round(rate["maelab"] / rate["peer_fp32"], 2),
+        "ratio_bf16": round(rate["maelab"] / rate["peer_bf16"], 2),
+        "fraction_of_floor": round(rate["maelab"] / rate["floor"], 3),
+        "data_share": round(median["batch"] / median["maelab"], 4),
+        "peak_rss_mb": round(peak),
+        "batch_size": config.batch_size,
+        "spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in times.items()},
+    }
+
+
+def bench(
+    names: tuple[str, ...] = (),
+    *,
+    repeats: int = 5,
+    device: str = "cpu",
+    threads: int | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, print a table on stderr, and return what belongs on stdout.
+
+    Args:
+        names: which `cases`; all when empty.
+        repeats: turns that each contestant gets.
+        device: 'cpu' or 'cuda'.
+        threads: of the CPU; None keeps torch's.
+        out: folder for a dated JSON file and a row in its README.md.
+
+    Returns:
+        {"cases": [...], "date", "repeats", "kernels", "environment"}; images per second are of whole training steps.
+
+    Raises:
+        UsageError: for an unknown case, or without transformers.
+    """
+    if unknown := set(names) - cases().keys():
+        raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join(cases())}")
+    if repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {repeats}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(stderr=True)
+    results = []
+    for name in names or cases():
+        with console.status(f"measuring {name}"):
+            results.append(measure(name, repeats, device))
+    import transformers
+
+    now = datetime.datetime.now(datetime.UTC)
+    versions = environment(device, {}) | {"transformers": transformers.__version__}
+    result = {
+        "cases": results, "date": now.isoformat(timespec="seconds"), "repeats": repeats,
+        "kernels": fast.reason() if device == "cpu" else "torch", "environment": versions,
+    }  # fmt: skip
+    table = Table(
+        "case", title="Whole training steps, images per second, medians", caption=result["kernels"], box=SIMPLE
+    )
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for case in results:
+        table.add_row(case["name"], *(f"{case[key]:g}" for key in COLUMNS))
+    console.print(table)
+    if out is not None:
+        write_json(out / f"{now:%Y-%m-%d-%H%M%S}.json", result)
+        _append_rows(out / "README.md", result)
+    return result
+
+
+def _append_rows(readme: Path, result: dict[str, Any]) -> None:
+    """Add a line for each case at the end of the table in `readme`."""
+    text = readme.read_text() if readme.exists() else "# Speed\n\n"
+    if "| date |" not in text:
+        text += "| date | case | " + " | ".join(COLUMNS.values()) + " | threads | commit |\n"
+        text += "|---" * (len(COLUMNS) + 4) + "|\n"
+    versions = result["environment"]
+    for case in result["cases"]:
+        cells = [result["date"][:10], case["name"], *(f"{case[key]:g}" for key in COLUMNS)]
+        text += "| " + " | ".join([*cells, str(versions["threads"]), str(versions["git_commit"])]) + " |\n"
+    write_atomically(readme, text.encode())
+
+
+if __name__ == "__main__":
+    print(json.dumps(bench()))
