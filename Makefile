@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check torture clean
+.PHONY: install quickstart test check bench torture clean
 
 # What running needs; test and check add the rest. Stamps keep a second call instant.
 .venv/.base: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ quickstart: .venv/.base
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+bench: .venv/.dev
+	$(BIN)/maelab bench --out bench
 
 torture: .venv/.dev
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -337,8 +337,10 @@ def sweep(arguments: list[str]) -> None:
     for settings in itertools.product(*axes):  # parsed like flags, so that a wrong one is refused before any work
         more = [word for name, value in settings for word in (f"--{name.replace('_', '-')}", value)]
         cells[settings] = _parse(Arguments, [*flags, *more], command, Arguments(config)).config
+    judging = recipes.get("finetune", recipe if recipe != "RECIPE" else "mnist")
+    assert isinstance(judging, FinetuneConfig)
     finetuning = dataclasses.replace(
-        recipes.get("finetune", recipe), epochs=args.finetune_epochs, data=args.config.data, limit=args.config.limit,
+        judging, epochs=args.finetune_epochs, data=args.config.data, limit=args.config.limit,
         seed=args.config.seed, precision=args.config.precision, val_fraction=args.config.val_fraction,
     )  # fmt: skip
     from maelab.sweep import sweep
@@ -357,6 +359,28 @@ def sweep(arguments: list[str]) -> None:
         raise RunError("some cells failed; the same command tries them again")
 
 
+def bench(arguments: list[str]) -> None:
+    """measure training speed beside Hugging Face's models and the matrix products alone"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        names: Positional[tuple[str, ...]] = ()
+        """cases; none measures all"""
+        repeats: int = 5
+        """turns that each contestant gets"""
+        device: Literal["cpu", "cuda"] = "cpu"
+        """where to compute"""
+        threads: int | None = None
+        """CPU threads; None takes one per core"""
+        out: Path | None = None
+        """folder for a dated JSON file and a row in its README.md"""
+
+    args = _parse(Arguments, arguments, "bench")
+    from maelab.bench import bench
+
+    print(json.dumps(bench(**vars(args))))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "pretrain": pretrain,
@@ -366,6 +390,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reconstruct": reconstruct,
     "sweep": sweep,
     "info": info,
+    "bench": bench,
 }
 
 

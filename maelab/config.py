@@ -87,11 +87,11 @@ class LoopConfig(_Config):
     beta2: float = 0.95
     """AdamW's second beta"""
     warmup_epochs: float = 1.0
-    """linear warm-up; a cosine to zero follows"""
+    """linear warm-up, over half of the run at most; a cosine to zero follows"""
     clip_grad: float = 0.0
     """clip the gradient's norm; 0 is off"""
     ema_decay: float = 0.0
-    """average the weights with this decay and use the average; 0 is off"""
+    """average the weights with this decay, from the start on, and use the average; 0 is off"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the matrix products; auto takes bf16 where the hardware has units for it"""
 

@@ -82,7 +82,9 @@ def sweep(
     if len(fields) == 2:
         for judgement in JUDGEMENTS:
             values = {tuple(row["settings"].values()): row.get(judgement) for row in rows}
-            figures.heat_map(out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement)
+            figures.heat_map(
+                out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
+            )
     return result
 
 

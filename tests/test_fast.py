@@ -210,3 +210,24 @@ def test_muon_takes_odd_shapes_the_plain_way():
     fast.Muon([weight], lr=0.02).step()
     torch.optim.Muon([other], lr=0.02).step()
     assert torch.equal(weight, other)
+
+
+@native
+@pytest.mark.parametrize("L", [1, 4, 16, 17, 33, 49, 65])
+@pytest.mark.parametrize(("D", "heads"), [(32, 2), (32, 1), (64, 4), (96, 3), (96, 6), (192, 3)])
+def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int, L: int, monkeypatch):
+    """The workspace is never cleared: fill it with bits that mean not-a-number, and nothing may change."""
+    block, x = Block(D, heads), torch.randn(5, L, D)
+    plain_workspace, results = fast._workspace, []
+    for filling in (0, 255):
+        monkeypatch.setattr(fast, "_workspace", lambda size, filling=filling: plain_workspace(size).fill_(filling))
+        for tail in (None, max(1, L // 2)):
+            block.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = block(leaf, tail)
+            y.square().sum().backward()
+            results.append([y.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)])
+    for clean, dirty in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(clean, dirty, strict=True):
+            assert torch.isfinite(a).all() and torch.equal(a, b)

@@ -37,7 +37,8 @@ def test_the_library_example_runs(digits_folder, tmp_path, monkeypatch, capsys):
     scope: dict = {}
     exec(compile(example, "README.md", "exec"), scope)
     assert 0 <= float(capsys.readouterr().out) <= 1
-    assert scope["features"].shape == (len(load(small["data"]).test), 32)
+    test = load(small["data"]).test
+    assert test is not None and scope["features"].shape == (len(test), 32)
     assert (scope["folder"] / "result.json").exists()
 
 

@@ -650,6 +650,7 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
         accumulate(Q, D, D, w->left, w->right, w->projw, add);
     }
     linear(STORE, Q, D, D, w->g, projw, w->c, (Finish){.out = w->ao});  // the gradient of ao, in its place
+    memset(w->ao + Q * D, 0, 32 * sizeof(bf16));  // a head of 16 columns reads so far beyond the last row: 0 * NaN is NaN
     for (long s = 0; s < n; s++)
         for (long h = 0; h < H; h++) {
             const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;

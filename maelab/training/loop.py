@@ -116,7 +116,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
     batch_size = min(config.batch_size, task.items)
     if batch_size % parts:
         raise UsageError(f"a batch of {batch_size} images cannot be cut into {parts} equal parts; see --batch-size")
-    total_steps, warmup_steps = config.epochs * per_epoch, round(config.warmup_epochs * per_epoch)
+    total_steps = config.epochs * per_epoch
+    warmup_steps = min(round(config.warmup_epochs * per_epoch), total_steps // 2)
     last, best = folder / "checkpoints" / "last", folder / "checkpoints" / "best"
 
     optimizers = build_optimizers(task.model, config, task.layer_decay)
@@ -138,6 +139,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
 
     def save() -> None:
         position["log_length"] = log.length
+        if engine.world_size > 1:  # the file keeps one process's sums, so let them be everyone's
+            position["sums"] = {k: torch.tensor(_mean(engine, v)).double() for k, v in position["sums"].items()}
         if engine.is_global_zero:
             save_model(last, task.spec, judged.state_dict())
             state = {"position": position, "model": task.model.state_dict()}
