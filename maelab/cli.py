@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import tyro
 
 from maelab import recipes
 from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
-from maelab.errors import MaelabError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError
 
 Positional = tyro.conf.Positional
 
@@ -101,13 +102,14 @@ def _print(output: Output, result: dict[str, Any], text: str) -> None:
         print(json.dumps(result) if output.json else text)
 
 
-def _with_recipe(task: str, arguments: list[str]) -> tuple[str, Any]:
-    """Recipe name and its config, from the first argument."""
+def _with_recipe(task: str, arguments: list[str], command: str | None = None) -> tuple[str, Any]:
+    """Name and config of the `task` recipe that is the first argument of `command` (None: the task itself)."""
+    command = command or task
     if not arguments or arguments[0].startswith("-"):
         if "--help" in arguments or "-h" in arguments:
-            print(f"usage: maelab {task} RECIPE [flags]; recipes: {', '.join(recipes.names(task))}\n")
+            print(f"usage: maelab {command} RECIPE [flags]; recipes: {', '.join(recipes.names(task))}\n")
             return "RECIPE", recipes.get(task, "mnist")
-        raise UsageError(f"{task} needs a recipe as its first argument: {', '.join(recipes.names(task))}")
+        raise UsageError(f"{command} needs a recipe as its first argument: {', '.join(recipes.names(task))}")
     return arguments[0], recipes.get(task, arguments[0])
 
 
@@ -307,6 +309,54 @@ def info(arguments: list[str]) -> None:
     _print(args.output, summary, "\n".join(lines))
 
 
+def sweep(arguments: list[str]) -> None:
+    """pretrain over a grid of settings and judge each: maelab sweep RECIPE --grid patch_size=2,4,7"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: PretrainConfig
+        grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """field=value,value,...: a field of the recipe and the values to try; give it once for each field"""
+        finetune_epochs: int = 3
+        """epochs of the fine-tuning that judges each cell"""
+        options: RunOptions = field(default_factory=RunOptions)
+        output: Output = field(default_factory=Output)
+
+    recipe, config = _with_recipe("pretrain", arguments, "sweep")
+    command, flags = f"sweep {recipe}", arguments[recipe != "RECIPE" :]
+    args = _parse(Arguments, flags, command, Arguments(config))
+    axes = []
+    for axis in args.grid:
+        name, equals, values = axis.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UsageError(f"--grid {axis}: write field=value,value,...")
+        axes.append([(name.strip(), value.strip()) for value in values.split(",")])
+    if not axes:
+        raise UsageError("maelab sweep needs at least one --grid field=value,value,...")
+    cells = {}
+    for settings in itertools.product(*axes):  # parsed like flags, so that a wrong one is refused before any work
+        more = [word for name, value in settings for word in (f"--{name.replace('_', '-')}", value)]
+        cells[settings] = _parse(Arguments, [*flags, *more], command, Arguments(config)).config
+    finetuning = dataclasses.replace(
+        recipes.get("finetune", recipe), epochs=args.finetune_epochs, data=args.config.data, limit=args.config.limit,
+        seed=args.config.seed, precision=args.config.precision, val_fraction=args.config.val_fraction,
+    )  # fmt: skip
+    from maelab.sweep import sweep
+
+    out = args.options.out or Path("runs") / f"sweep-{recipe}"
+    result = sweep(cells, finetuning, out=out, options=args.options)
+    lines = []
+    for row in result["cells"]:
+        named = ", ".join(f"{k} {v}" for k, v in row["settings"].items())
+        judged = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float))
+        lines.append(f"{named}: {row.get('error') or judged}")
+    _print(
+        args.output, {"run": str(out), **result}, "\n".join([*lines, f"best on validation: {result['best']}", str(out)])
+    )
+    if any("error" in row for row in result["cells"]):
+        raise RunError("some cells failed; the same command tries them again")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "pretrain": pretrain,
@@ -314,6 +364,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "probe": probe,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
+    "sweep": sweep,
     "info": info,
 }
 

@@ -176,6 +176,10 @@ class Augment(_Config):
         _at_least(self, 0, "color_jitter", "rand_augment_ops", "rand_augment_magnitude")
         _share(self, "crop_scale", "random_erasing")
         _require(self.crop_scale > 0, "--crop-scale must be above 0")
+        _require(
+            self.rand_augment_magnitude <= 10,
+            f"--rand-augment-magnitude must be at most 10, got {self.rand_augment_magnitude}",
+        )
         _require(self.affine_scale < 1, f"--affine-scale must be below 1, got {self.affine_scale}")
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,22 @@ def reconstructions(file: Path, groups: Sequence[tuple[str, Any, Any, Any]]) -> 
         groups: (title, original, masked, rebuilt), the images (N, C, H, W) in [-1, 1].
     """
     columns = max(len(original) for _, original, _, _ in groups)
-    figure, axes = plt.subplots(
-        3 * len(groups), columns, figsize=(columns + 1.2, 3.1 * len(groups)), squeeze=False, layout="compressed"
-    )
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.axis("off")
-    for g, (title, *rows) in enumerate(groups):
-        for r, (name, images) in enumerate(zip(("original", "masked", "rebuilt"), rows, strict=True)):
+    # Without a layout engine: the tight box of save_figure takes in titles and labels, however long.
+    figure, axes = plt.subplots(len(groups), 1, figsize=(1.3 * columns, 4.4 * len(groups)), squeeze=False)
+    for ax, (title, *rows) in zip(axes[:, 0], groups, strict=True):
+        height, width = np.shape(rows[0])[2:]
+        gap = max(1, min(height, width) // 14)
+        canvas = np.ones((3 * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.float32)  # white
+        for r, images in enumerate(rows):
             for c, image in enumerate(images):
-                axes[3 * g + r, c].imshow(to_picture(image), interpolation="nearest")
-            axes[3 * g + r, 0].text(-0.12, 0.5, name, ha="right", va="center", transform=axes[3 * g + r, 0].transAxes)
-        if title:
-            axes[3 * g, 0].set_title(title, loc="left", fontsize=10)
+                top, left = r * (height + gap), c * (width + gap)
+                canvas[top : top + height, left : left + width] = to_picture(image)
+        ax.imshow(canvas, interpolation="nearest")
+        ax.set_yticks([r * (height + gap) + height / 2 for r in range(3)], ["original", "masked", "rebuilt"])
+        ax.set(xticks=[])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_title(title, loc="left", fontsize=10)
     save_figure(figure, file)
 
 
@@ -86,11 +89,15 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
                 ax.plot(*zip(*points, strict=True), color=colour, marker=".", label=split)
         if best_epoch:
             ax.axvline(best_epoch, color="grey", linewidth=0.8, linestyle=":", label="best epoch")
-        ax.set(title=name.replace("_", " "), xlabel="epoch")
+        ax.set(title="learning rate" if name == "lr" else name.replace("_", " "), xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     save_figure(figure, file)
+
+
+def _short(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def predictions(
@@ -114,29 +121,67 @@ def predictions(
     for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
         guess = int(probabilities[i].argmax())
         wrong = labels is not None and guess != int(labels[i])
-        title = f"{class_names[guess]} {probabilities[i, guess]:.0%}"
+        title = f"{_short(class_names[guess])} ({probabilities[i, guess]:.0%})"
         if wrong:
-            title += f"\nis {class_names[int(labels[i])]}"  # type: ignore[index]
+            title += f"\nis {_short(class_names[int(labels[i])])}"  # type: ignore[index]
         ax.imshow(to_picture(image), interpolation="nearest")
         ax.set_title(title, fontsize=8, color="#c44e52" if wrong else "black")
     save_figure(figure, file)
 
 
 def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:
-    """Confusion matrix: counts (classes, classes), rows are true classes; the diagonal carries each class's recall."""
+    """Confusion matrix, coloured by the share of each true class.
+
+    Args:
+        file: PNG to write.
+        counts: images (classes, classes), rows are true classes; the diagonal is written as each class's recall.
+        class_names: of the classes.
+    """
     counts = np.asarray(counts)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     n = len(class_names)
-    side = max(3.5, 0.45 * n + 1.5)
-    figure, ax = plt.subplots(figsize=(side, side), layout="constrained")
+    side = min(max(4.0, 0.45 * n + 1.5), 16.0)
+    figure, ax = plt.subplots(figsize=(side, side))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if n <= 20:
-        for i in range(n):
-            for j in range(n):
-                if counts[i, j]:
-                    text = f"{share[i, j]:.1%}".replace("100.0%", "100%") if i == j else str(counts[i, j])
-                    ax.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if i == j else "black")
-    ax.set_xticks(range(n), class_names, rotation=60, ha="right", fontsize=7)
-    ax.set_yticks(range(n), class_names, fontsize=7)
-    ax.set(xlabel="predicted", ylabel="true")
+        for i, j in np.ndindex(n, n):
+            text = f"{share[i, j]:.1%}".replace("100.0%", "100%") if i == j else str(counts[i, j])
+            if counts[i, j] or (i == j and counts[i].any()):
+                colour = "white" if share[i, j] > 0.5 else "black"
+                ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
+    size = min(7.0, 400 / n)
+    turned = {"rotation": 60, "ha": "right"} if max(map(len, class_names), default=0) > 3 else {}
+    names = [_short(name) for name in class_names]
+    ax.set_xticks(range(n), names, fontsize=size, **turned)
+    ax.set_yticks(range(n), names, fontsize=size)
+    ax.set_xlabel("predicted", fontsize=9)
+    ax.set_ylabel("true", fontsize=9)
+    ax.set_title("images; on the diagonal the share that was recognised", fontsize=8)
+    save_figure(figure, file)
+
+
+def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields: tuple[str, str], title: str) -> None:
+    """A table of one number over two settings, coloured from the lowest to the highest.
+
+    Args:
+        file: PNG to write.
+        values: (setting of the first field, of the second) -> number, or None where there is none.
+        fields: names of the settings: rows, columns.
+        title: what the numbers are.
+    """
+    rows, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    table = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), value in values.items():
+        if value is not None:
+            table[rows.index(row), columns.index(column)] = value
+    figure, ax = plt.subplots(figsize=(1.1 * len(columns) + 1, 0.7 * len(rows) + 0.8))
+    image = ax.imshow(np.ma.masked_invalid(table), cmap="viridis", aspect="auto")
+    for i, j in np.ndindex(*table.shape):
+        missing = np.isnan(table[i, j])
+        dark = not missing and float(image.norm(table[i, j])) < 0.6  # type: ignore[arg-type]
+        text = "none" if missing else f"{table[i, j]:.4f}"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    ax.set_xticks(range(len(columns)), [str(c) for c in columns])
+    ax.set_yticks(range(len(rows)), [str(r) for r in rows])
+    ax.set(xlabel=fields[1].replace("_", " "), ylabel=fields[0].replace("_", " "), title=title.replace("_", " "))
     save_figure(figure, file)

@@ -40,6 +40,11 @@ def extract_features(model: VisionTransformer, data: ImageSet, pool: Literal["to
 
     Unmasked and deterministic.
 
+    Args:
+        model: a classifier or a masked autoencoder, of which the encoder is used; it is put in evaluation mode.
+        data: images of the model's size and channels, on its device.
+        pool: 'token' or 'avg'.
+
     Raises:
         ValueError: if the class token is asked for and the model has none.
     """
@@ -82,6 +87,12 @@ def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.
     if not model.norm_pix_loss:
         return pred
     return pred * (patches.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt() + patches.mean(-1, keepdim=True)
+
+
+def caption(model: MaskedAutoencoderViT, mask_ratio: float, error: float) -> str:
+    """What to write over reconstructions: how much was hidden, the error, and what `denormalise` took."""
+    text = f"{mask_ratio:.0%} hidden, masked MSE {error:.4f}"
+    return text + " (with the true mean and deviation of each patch)" * model.norm_pix_loss
 
 
 @torch.no_grad()
@@ -129,7 +140,12 @@ def reconstruct_images(
 
 @torch.no_grad()
 def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tensor:
-    """Probabilities of every image, float32 (N, num_classes)."""
+    """Probabilities of every image, float32 (N, num_classes).
+
+    Args:
+        model: a classifier; it is put in evaluation mode.
+        data: images of the model's size and channels, on its device.
+    """
     model.eval()
     return torch.cat([model(x).float().softmax(dim=1) for x, _ in eval_batches(data, EVAL_BATCH)])
 

@@ -56,6 +56,9 @@ def evaluate(
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; its figures are in its result.json")
+    ratio = mask_ratio if mask_ratio is not None else spec.mask_ratio or 0.75
+    if isinstance(model, MaskedAutoencoderViT):
+        check_masking(model.num_patches, ratio)
     dataset = load_matching_data(spec, data, options.data_dir)
     engine = start_engine(options)
     prepare(model.to(engine.device), engine, options)
@@ -63,8 +66,6 @@ def evaluate(
     result: dict[str, Any] = {"run": str(run), "data": dataset.name, "split": split, "images": len(part)}
     with engine.autocast():
         if isinstance(model, MaskedAutoencoderViT):
-            ratio = mask_ratio if mask_ratio is not None else spec.mask_ratio or 0.75
-            check_masking(model.num_patches, ratio)
             return result | {"mask_ratio": ratio} | masked_mse(model, part, ratio, seed=0)
         if part.labels is None:
             raise UsageError(f"{dataset.name} has no labels to evaluate a classifier with")

@@ -15,7 +15,7 @@ from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters
 from maelab.model import VisionTransformer
-from maelab.training.checkpoint import ModelSpec, load_model, read_spec, write_json
+from maelab.training.checkpoint import ModelSpec, load_model, write_json
 from maelab.training.loop import Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, read_metrics, say
@@ -79,8 +79,9 @@ def finetune(
         Interrupted: after saving, on Ctrl-C or SIGTERM.
     """
     options = options or RunOptions()
-    if config.init != "none":
-        config = with_encoder_of(config, read_spec(config.init))
+    source, init = (None, None) if config.init == "none" else load_model(config.init)
+    if init is not None:
+        config = with_encoder_of(config, init)
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
     spec = model_spec(config, data)
@@ -88,8 +89,7 @@ def finetune(
     model = spec.build()
     assert isinstance(model, VisionTransformer)
     adapted: list[str] = []
-    if config.init != "none":
-        source, _ = load_model(config.init)
+    if source is not None:
         assert isinstance(source, VisionTransformer)
         adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
     hardware = prepare(model, engine, options)
@@ -161,7 +161,9 @@ def finetune(
             pictures = folder / "figures"
             figures.curves(pictures / "curves.png", read_metrics(folder), outcome.best_epoch)
             guesses, truth = probabilities.argmax(dim=1), test_set.labels
-            wrong, right = (guesses != truth).nonzero()[:, 0], (guesses == truth).nonzero()[:, 0]
+            order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
+            fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
+            wrong, right = order[~fits], order[fits]
             shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
             figures.predictions(
                 pictures / "predictions.png", scale(test_set.images[shown]).cpu(), truth[shown].tolist(),

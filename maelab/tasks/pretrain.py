@@ -7,11 +7,12 @@ import torch
 
 from maelab import figures
 from maelab.config import PretrainConfig, RunOptions
-from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data import Dataset, ImageSet, limit, load, training_sets
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import (
+    caption,
     check_masking,
     count_parameters,
     extract_features,
@@ -46,9 +47,14 @@ def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
     return ModelSpec("MaskedAutoencoderViT", arguments, data.name, mask_ratio=config.mask_ratio)
 
 
+def some(data: ImageSet, n: int, seed: int) -> ImageSet:
+    """A seeded choice of at most n images; the first n would be of one class where images lie class by class."""
+    return limit(data, min(n, len(data)), seed)
+
+
 def mean_predictor_mse(data: ImageSet, norm_pix_loss: bool, patch_size: int) -> float:
     """The loss of predicting, at each place, its mean over the images (at most 10,000): what a model has to beat."""
-    patches = patchify(scale(data.images[:10_000]), patch_size)
+    patches = patchify(scale(some(data, 10_000, seed=0).images), patch_size)
     if norm_pix_loss:
         patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return float(patches.var(dim=0, correction=0).mean())
@@ -117,7 +123,7 @@ def pretrain(
             ),
             config,
         )
-        sample = train_set[torch.arange(min(len(train_set), len(val_set)), device=engine.device)]
+        sample = some(train_set, max(len(val_set), 1000), config.split_seed)
         with engine.autocast():
             train_scores = masked_mse(model, sample, config.mask_ratio, config.split_seed)
         result = {
@@ -137,18 +143,17 @@ def pretrain(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            shown = scale(val_set.images[:PICTURED])
-            masked, rebuilt, _ = reconstruct_images(model, shown, config.mask_ratio, config.seed)
-            figures.reconstructions(
-                folder / "figures" / "reconstructions.png", [("", shown.cpu(), masked.cpu(), rebuilt.cpu())]
-            )
+            shown = scale(some(val_set, PICTURED, config.split_seed).images)
+            masked, rebuilt, error = reconstruct_images(model, shown, config.mask_ratio, config.seed)
+            group = (caption(model, config.mask_ratio, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
+            figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
             write_json(folder / "result.json", result)
         return folder, result
 
 
 def _follow_knn(model: MaskedAutoencoderViT, train_set: ImageSet, val_set: ImageSet) -> float:
-    reference = train_set[torch.arange(min(len(train_set), KNN_IMAGES), device=train_set.images.device)]
+    reference = some(train_set, KNN_IMAGES, seed=0)
     features, queries = extract_features(model, reference), extract_features(model, val_set)
     assert reference.labels is not None and val_set.labels is not None
     return knn_accuracy(features, reference.labels, queries, val_set.labels)

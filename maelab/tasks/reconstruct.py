@@ -11,7 +11,7 @@ from maelab.config import RunOptions
 from maelab.data.batches import scale
 from maelab.data.folder import read_image
 from maelab.errors import UsageError
-from maelab.inference import check_masking, reconstruct_images
+from maelab.inference import caption, check_masking, reconstruct_images
 from maelab.model import MaskedAutoencoderViT
 from maelab.training.checkpoint import load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
@@ -69,9 +69,6 @@ def reconstruct(
             x = scale(shown.to(engine.device))
             masked, rebuilt, error = reconstruct_images(model, x, ratio, seed)
         errors[ratio] = error
-        title = f"{ratio:.0%} hidden, masked MSE {error:.4f}"
-        if model.norm_pix_loss:
-            title += " (with the true mean and deviation of each patch)"
-        groups.append((title, x.cpu(), masked.cpu(), rebuilt.cpu()))
+        groups.append((caption(model, ratio, error), x.cpu(), masked.cpu(), rebuilt.cpu()))
     figures.reconstructions(out, groups)
     return {"run": str(run), "out": str(out), "images": len(shown), "masked_mse": errors}

@@ -110,6 +110,12 @@ def read_spec(path: str | Path) -> ModelSpec:
 def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
     """Build the model of a run folder or checkpoint and load its weights, in evaluation mode on the CPU.
 
+    Args:
+        path: run folder, of which the best checkpoint is taken (else the last), or a checkpoint folder.
+
+    Returns:
+        The model, and the description that it was built from.
+
     Raises:
         UsageError: if there is no checkpoint.
         RunError: if it is damaged.

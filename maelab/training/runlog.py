@@ -25,6 +25,8 @@ from maelab.errors import RunError, UsageError
 from maelab.training.checkpoint import write_json
 from maelab.training.parallel import Engine, tensorboard
 
+_OURS = re.compile(r"\.lock|\..+\.\d+")  # the lock, and files under their temporary names
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -161,7 +163,7 @@ def _claim(folder: Path, wanted: dict[str, Any], checksums: dict[str, str], over
     if folder.is_file():
         raise UsageError(f"--out {folder} is a file; give the name of a folder")
     present = read_json(folder / "config.json")
-    if folder.is_dir() and "task" not in present and any(p.name != ".lock" for p in folder.iterdir()):
+    if folder.is_dir() and "task" not in present and any(not _OURS.fullmatch(p.name) for p in folder.iterdir()):
         raise UsageError(f"--out {folder} exists and is not a run folder; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
@@ -182,7 +184,7 @@ def _claim(folder: Path, wanted: dict[str, Any], checksums: dict[str, str], over
                 raise UsageError(f"{folder} holds {what}; use --overwrite to replace it, or another --out")
             _empty(folder)
         for path in folder.rglob(".*"):  # a killed process may have left a part of a file under its temporary name
-            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            if path.name != ".lock" and _OURS.fullmatch(path.name) and path.is_file():
                 path.unlink()
     except BaseException:
         lock.release()

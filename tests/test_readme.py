@@ -1,0 +1,83 @@
+"""The README cannot rot: its library example runs, its commands exist, its tree matches the folder."""
+
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import maelab
+from maelab import cli, recipes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    parts = README.split("```")[1::2]  # every second part lies between fences
+    return [part.removeprefix(f"{language}\n") for part in parts if part.split("\n")[0] == language]
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line.removeprefix(".venv/bin/") for line in lines if line.removeprefix(".venv/bin/").startswith("maelab ")]
+
+
+def test_the_library_example_runs(digits_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = {"limit": 200, "epochs": 1, "data": f"folder:{digits_folder}", "val_fraction": 0.1}
+    pretrain, finetune, load = recipes.pretrain_smoke, recipes.finetune_smoke, maelab.load_data
+    monkeypatch.setattr(recipes, "pretrain_smoke", lambda: replace(pretrain(), **small))
+    monkeypatch.setattr(recipes, "finetune_smoke", lambda: replace(finetune(), **small))
+    monkeypatch.setattr(maelab, "load_data", lambda name: load(small["data"]), raising=False)
+    (example,) = blocks("python")
+    scope: dict = {}
+    exec(compile(example, "README.md", "exec"), scope)
+    assert 0 <= float(capsys.readouterr().out) <= 1
+    assert scope["features"].shape == (len(load(small["data"]).test), 32)
+    assert (scope["folder"] / "result.json").exists()
+
+
+def test_the_example_is_ten_lines():
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line):
+    words = shlex.split(line)[1:]
+    command, flags = words[0], [word for word in words if word.startswith("--")]
+    assert command in cli.COMMANDS, f"README shows `{line}`"
+    if command in ("pretrain", "finetune"):
+        assert words[1] in recipes.names(command)
+    help_text = cli_help(command, words)
+    for flag in flags:
+        assert flag in help_text, f"README shows `{line}`, but {flag} is no flag of it"
+
+
+def cli_help(command: str, words: list[str]) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        cli._run([command, *(words[1:2] if command in ("pretrain", "finetune") else []), "--help"])
+    return out.getvalue()
+
+
+def test_the_tree_matches_the_folder():
+    (tree,) = [block for block in blocks("") if block.startswith("maelab/\n")]
+    named = set(re.findall(r"^  (\w+(?:\.py|/))", tree, flags=re.MULTILINE))
+    present = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / "maelab").iterdir()
+        if not path.name.startswith(("_", ".")) and path.suffix in (".py", "")
+    }
+    assert named == present
+    for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+def test_pictures_exist():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
