@@ -265,17 +265,20 @@ enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32 };
 
 // What becomes of 32 columns of one row of a product, v, at `at` in the result:
 //   STORE       out = v + bias                      GELU       out = gelu(v + bias)
-//   ADD_TO      sum = from + scale (v + bias)       GELU_BOTH  the same, and grad = gelu'(v + bias)
-//   STORE_F32   sum = v                             TIMES      grad *= v
+//   ADD_TO      sum = from + scale (v + bias)       GELU_BOTH  packed = gelu(v + bias), grad = gelu'(v + bias)
+//   STORE_F32   sum = v                             TIMES      grad *= v, packed = grad, sum += sums of columns
+// where `packed` is what pack_right makes of the result.
 typedef struct {
-    bf16 *out, *grad;
+    bf16 *out, *grad, *packed;
     const float *bias, *from, *scale;
     float *sum;
 } Finish;
 
-// Rows `row` and `row + 1`, of which the second may lie beyond the last one: only the caller's memory minds.
+// Rows `row` and `row + 1`; those beyond the last are zero in `packed`, and elsewhere only the caller's memory minds.
 INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, long rows, long n, long N) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     __m512 v[4], slope[4], b0 = _mm512_setzero_ps(), b1 = b0;
+    __m512i result[2];
     long at[2] = {row * N + n, row * N + N + n};
     if (f->bias) b0 = _mm512_loadu_ps(f->bias + n), b1 = _mm512_loadu_ps(f->bias + n + 16);
     for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(c + 16 * j);
@@ -293,13 +296,27 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
             __m512 s = _mm512_set1_ps(f->scale[row + r]);
             _mm512_storeu_ps(f->sum + at[r], _mm512_fmadd_ps(low, s, _mm512_loadu_ps(f->from + at[r])));
             _mm512_storeu_ps(f->sum + at[r] + 16, _mm512_fmadd_ps(high, s, _mm512_loadu_ps(f->from + at[r] + 16)));
-        } else if (kind == TIMES) {
-            low = _mm512_mul_ps(low, from_bf16(f->grad + at[r])), high = _mm512_mul_ps(high, from_bf16(f->grad + at[r] + 16));
-            _mm512_storeu_si512(f->grad + at[r], two_to_bf16(low, high));
-        } else {
+        } else if (kind == STORE || kind == GELU) {
             _mm512_storeu_si512(f->out + at[r], two_to_bf16(low, high));
-            if (kind == GELU_BOTH) _mm512_storeu_si512(f->grad + at[r], two_to_bf16(slope[2 * r], slope[2 * r + 1]));
+        } else if (kind == GELU_BOTH) {
+            _mm512_storeu_si512(f->grad + at[r], two_to_bf16(slope[2 * r], slope[2 * r + 1]));
+            result[r] = two_to_bf16(low, high);
+        } else {
+            low = _mm512_mul_ps(low, from_bf16(f->grad + at[r])), high = _mm512_mul_ps(high, from_bf16(f->grad + at[r] + 16));
+            result[r] = two_to_bf16(low, high);
+            _mm512_storeu_si512(f->grad + at[r], result[r]);
         }
+    }
+    if (kind != GELU_BOTH && kind != TIMES) return;
+    for (int r = 0; r < 2; r++) result[r] = _mm512_maskz_mov_epi16(row + r < rows ? 0xffffffffu : 0, result[r]);
+    __m512i low = _mm512_unpacklo_epi16(result[0], result[1]), high = _mm512_unpackhi_epi16(result[0], result[1]);
+    long RB = UP(rows, 32) / 32;
+    bf16 *o = f->packed + (n / 16 * RB + row / 32) * 512 + row % 32 * 16;
+    _mm512_storeu_si512(o, low);
+    _mm512_storeu_si512(o + RB * 512, high);
+    if (kind == TIMES) {  // in packing order
+        _mm512_storeu_ps(f->sum + n, _mm512_dpbf16_ps(_mm512_loadu_ps(f->sum + n), (__m512bh)low, ones));
+        _mm512_storeu_ps(f->sum + n + 16, _mm512_dpbf16_ps(_mm512_loadu_ps(f->sum + n + 16), (__m512bh)high, ones));
     }
 }
 
@@ -349,7 +366,7 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
                 if (two) _tile_stored(2, o + 512, 128);
                 if (two) _tile_stored(3, o + 528, 128);
                 __asm__ volatile("" ::: "memory");
-                ready = o, ready_m = m, ready_n = n, ready_pairs = part == parts - 1 ? MIN(rows - m + 1, 32) / 2 : 0;
+                ready = o, ready_m = m, ready_n = n, ready_pairs = part < parts - 1 ? 0 : kind == GELU_BOTH || kind == TIMES ? 16 : MIN(rows - m + 1, 32) / 2;
             }
         }
     for (long i = 0; i < 2 * ready_pairs; i += 2) finish_rows(kind, &f, ready + i * 32, ready_m + i, rows, ready_n, N);
@@ -605,7 +622,7 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
     for (long q = 0; q < Q; q++)
         norm_row(w->x1 + q * D, D, p->eps, p->n2w, p->n2b, w->xn2 + q * D, w->stats2 + 2 * q);
     if (backward) {
-        linear(GELU_BOTH, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .grad = w->da, .bias = p->fc1b});
+        linear(GELU_BOTH, Q, F, D, w->xn2, fc1w, w->c, (Finish){.packed = w->a, .grad = w->da, .bias = p->fc1b});
         return;
     }
     linear(GELU, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .bias = p->fc1b});
@@ -630,13 +647,11 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
     forward_chunk(p, w, s0, n, 1);
 
     scaled(dy, w->scale2, Q, D, w->g);
-    linear(TIMES, Q, F, D, w->g, fc2w, w->c, (Finish){.grad = w->da});
+    linear(TIMES, Q, F, D, w->g, fc2w, w->c, (Finish){.grad = w->da, .packed = w->right, .sum = fc1b});
     if (p->need_weights) {
         pack_left(w->g, D, Q, D, w->left, fc2b);
-        pack_right(w->a, F, Q, F, w->right, 0);
-        accumulate(Q, D, F, w->left, w->right, w->fc2w, add);
+        accumulate(Q, D, F, w->left, w->a, w->fc2w, add);
         pack_left(w->xn2, D, Q, D, w->left, 0);
-        pack_right(w->da, F, Q, F, w->right, fc1b);
         accumulate(Q, D, F, w->left, w->right, w->fc1w, add);
     }
     linear(STORE_F32, Q, D, F, w->da, fc1w, w->c, (Finish){.sum = w->dxn});
@@ -722,10 +737,11 @@ void block_backward(const Block *p) {
         for (long s = begin; s < end; s += w.n) backward_chunk(p, &w, packed, s, MIN(w.n, end - s), s > begin);
         _tile_release();
     }
-    long count = vector_count(p), stride = size / sizeof(float);
+    long count = vector_count(p), stride = size / sizeof(float), fc1b = 8 * D;
     for (long i = 0; i < count; i++) {
-        float sum = first.vectors[i];
-        for (long part = 1; part < parts; part++) sum += first.vectors[i + part * stride];
+        long from = i >= fc1b && i < fc1b + F ? fc1b + position(i - fc1b) : i;  // fc1's are in packing order
+        float sum = first.vectors[from];
+        for (long part = 1; part < parts; part++) sum += first.vectors[from + part * stride];
         p->grads[i] = sum;
     }
     if (!p->need_weights) return;
