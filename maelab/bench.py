@@ -309,7 +309,7 @@ def bench(
         raise UsageError(f"--repeats must be at least 1, got {repeats}")
     if threads is not None:
         torch.set_num_threads(threads)
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=130)
     results = []
     for name in names or cases():
         with console.status(f"measuring {name}"):
