@@ -374,11 +374,13 @@ def bench(arguments: list[str]) -> None:
         """CPU threads; None takes one per core"""
         out: Path | None = None
         """folder for a dated JSON file and a row in its README.md"""
+        output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "bench")
     from maelab.bench import bench
 
-    print(json.dumps(bench(**vars(args))))
+    result = bench(args.names, repeats=args.repeats, device=args.device, threads=args.threads, out=args.out)
+    _print(args.output, result, json.dumps(result))  # people have read the table on stderr
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
