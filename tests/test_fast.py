@@ -156,8 +156,8 @@ def test_whole_models(plain, class_token: bool):
     plain()
     exact, autocast = run(False), run(True)
     assert native.keys() == exact.keys()
-    for name in exact:  # a lone number's error is luck: grant it more than a matrix
-        slack = 5e-3 if exact[name].ndim == 0 else 1e-3
+    for name in exact:  # the error of a few numbers is luck: grant them more than a matrix
+        slack = 5e-3 if exact[name].numel() < 16 else 1e-3
         assert error(native[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + slack, name
 
 

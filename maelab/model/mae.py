@@ -16,12 +16,6 @@ def unpatchify(x: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch
     return x.reshape(B, -1, rows * p, columns * p)
 
 
-def shuffle_ids(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that sorts each row of `noise` (B, L), and its inverse: ids_shuffle and ids_restore, both (B, L)."""
-    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
-    return ids_shuffle, torch.argsort(ids_shuffle, dim=1)
-
-
 def take_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens (B, L, D) at places `ids` (B, K) -> (B, K, D)."""
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -44,7 +38,8 @@ def random_masking(
     len_keep = int(L * (1 - mask_ratio))
     if noise is None:
         noise = torch.rand(B, L, device=x.device)
-    ids_shuffle, ids_restore = shuffle_ids(noise)
+    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
     mask = (ids_restore >= len_keep).float()
     return take_tokens(x, ids_shuffle[:, :len_keep]), mask, ids_restore
 
@@ -102,8 +97,8 @@ class MaskedAutoencoderViT(VisionTransformer):
 
     def _ids(
         self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """ids_shuffle, ids_restore (B, L) and len_keep, from the caller's mask or from noise."""
+    ) -> tuple[torch.Tensor, int]:
+        """ids_shuffle (B, L), the visible places first, and how many they are, from the caller's mask or from noise."""
         B, L = imgs.shape[0], self.num_patches
         if mask is not None:
             hidden = mask.reshape(B, L).bool().sum(dim=1)
@@ -115,7 +110,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             len_keep = int(L * (1 - mask_ratio))
         if len_keep < 1:
             raise ValueError(f"a mask ratio of {mask_ratio} leaves none of the {L} patches visible")
-        return *shuffle_ids(noise), len_keep
+        return torch.argsort(noise, dim=1, stable=True), len_keep
 
     def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """All patches (B, L, p * p * C) and the places to show (B, len_keep) -> latent (B, prefix + len_keep, D)."""
@@ -136,7 +131,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         Returns:
             latent (B, prefix + len_keep, D), mask (B, L) with 1 = hidden, ids_restore (B, L).
         """
-        ids_shuffle, ids_restore, len_keep = self._ids(imgs, mask_ratio, noise, mask)
+        ids_shuffle, len_keep = self._ids(imgs, mask_ratio, noise, mask)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)  # its inverse
         latent = self.encode(self.to_patches(imgs), ids_shuffle[:, :len_keep])
         return latent, (ids_restore >= len_keep).float(), ids_restore
 
@@ -197,7 +193,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         Self-attention does not mind the order of tokens, so the decoder keeps them shuffled: visible first, hidden
         last. Nothing is moved back, and the last block, the norm and the prediction run on the hidden tokens alone.
         """
-        ids_shuffle, _, len_keep = self._ids(imgs, mask_ratio, noise, None)
+        ids_shuffle, len_keep = self._ids(imgs, mask_ratio, noise, None)
         if len_keep == self.num_patches:
             raise ValueError(f"a mask ratio of {mask_ratio} hides none of the {len_keep} patches")
         patches = self.to_patches(imgs)  # (B, L, p * p * C)
