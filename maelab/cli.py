@@ -87,7 +87,7 @@ def _flags(kind: Any) -> set[str]:
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(f.type):
             flags |= _flags(f.type)
-        elif not hasattr(f.type, "__metadata__"):  # that would be a Positional
+        elif getattr(f.type, "__metadata__", None) != Positional[int].__metadata__:
             name = f.name.replace("_", "-")
             flags |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
     return flags
