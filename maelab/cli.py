@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -87,7 +87,7 @@ def _flags(kind: Any) -> set[str]:
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(f.type):
             flags |= _flags(f.type)
-        elif getattr(f.type, "__metadata__", None) != Positional[int].__metadata__:
+        elif get_args(f.type)[1:] != get_args(Positional[int])[1:]:
             name = f.name.replace("_", "-")
             flags |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
     return flags
