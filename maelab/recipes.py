@@ -11,7 +11,10 @@ from maelab.errors import UsageError
 
 
 def pretrain_mnist() -> PretrainConfig:
-    """`maelab pretrain mnist`: a small masked autoencoder for digits."""
+    """`maelab pretrain mnist`: a small masked autoencoder for digits.
+
+    On 2 cores with AMX four minutes under load, about one alone; masked MSE 0.113 on validation (seed 0).
+    """
     return PretrainConfig(
         data="mnist",
         patch_size=4,
@@ -28,7 +31,10 @@ def pretrain_mnist() -> PretrainConfig:
 
 
 def finetune_mnist() -> FinetuneConfig:
-    """`maelab finetune mnist --init RUN`: a digit classifier."""
+    """`maelab finetune mnist --init RUN`: a digit classifier.
+
+    On 2 cores with AMX 136 s; from `pretrain mnist` 0.9930 on validation, 0.9943 on test (seed 0).
+    """
     return FinetuneConfig(
         data="mnist",
         patch_size=4,
@@ -48,7 +54,10 @@ def finetune_mnist() -> FinetuneConfig:
 
 
 def pretrain_cifar10() -> PretrainConfig:
-    """`maelab pretrain cifar10`: a small masked autoencoder for CIFAR-10, with normalised pixels as the target."""
+    """`maelab pretrain cifar10`: a small masked autoencoder for CIFAR-10, with normalised pixels as the target.
+
+    Not run in full yet.
+    """
     return PretrainConfig(
         data="cifar10",
         patch_size=4,
@@ -68,7 +77,10 @@ def pretrain_cifar10() -> PretrainConfig:
 
 
 def finetune_cifar10() -> FinetuneConfig:
-    """`maelab finetune cifar10 --init RUN`: a CIFAR-10 classifier; from an MNIST autoencoder this is the transfer."""
+    """`maelab finetune cifar10 --init RUN`: a CIFAR-10 classifier; from an MNIST autoencoder this is the transfer.
+
+    Not run in full yet.
+    """
     return FinetuneConfig(
         data="cifar10",
         patch_size=4,
