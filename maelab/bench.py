@@ -25,8 +25,8 @@ from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
 from maelab.errors import UsageError
 from maelab.model import fast
+from maelab.runs import write_atomically, write_json
 from maelab.tasks import finetune, pretrain
-from maelab.training.checkpoint import write_atomically, write_json
 from maelab.training.optim import build_optimizers
 from maelab.training.parallel import choose_precision
 from maelab.training.runlog import environment

@@ -285,8 +285,8 @@ def info(arguments: list[str]) -> None:
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "info")
+    from maelab.runs import is_complete, read_json, read_metrics
     from maelab.training.checkpoint import read_spec
-    from maelab.training.runlog import is_complete, read_json, read_metrics
 
     config, result = read_json(args.run / "config.json"), read_json(args.run / "result.json")
     metrics = read_metrics(args.run)

@@ -8,12 +8,12 @@ from typing import Any
 from maelab import figures
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import MaelabError
+from maelab.runs import is_complete, read_json, write_json
 from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
-from maelab.training.checkpoint import write_json
 from maelab.training.loop import Interrupted
-from maelab.training.runlog import is_complete, read_json, say
+from maelab.training.runlog import say
 
 JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accuracy")
 

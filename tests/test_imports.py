@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "maelab"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "native"),
     ("config", "model"),
-    ("recipes", "data", "weights"),
+    ("recipes", "runs", "data", "weights"),
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench"),
@@ -28,7 +28,7 @@ SIBLINGS: frozenset[tuple[str, str]] = frozenset()  # (importer, imported)
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 ENGINE = {"lightning", "lightning_fabric", "pytorch_lightning"}
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "transformers"} | ENGINE
-NO_TORCH = ("config", "recipes", "report")
+NO_TORCH = ("config", "recipes", "runs", "report")
 
 Files = dict[str, tuple[str, bool]]  # dotted name -> source, and whether it is a package's __init__
 

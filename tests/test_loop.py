@@ -20,12 +20,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from maelab import recipes
 from maelab.config import FinetuneConfig, LoopConfig, PretrainConfig, RunOptions
 from maelab.errors import RunError, UsageError
+from maelab.runs import read_metrics
 from maelab.tasks import finetune, pretrain
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import Outcome, Task, train
 from maelab.training.optim import schedule
 from maelab.training.parallel import start_engine
-from maelab.training.runlog import read_metrics
 
 GOLDEN = json.loads(FILE.read_text())
 

@@ -25,12 +25,12 @@ from maelab.inference import (
     masked_mse,
 )
 from maelab.model import MaskedAutoencoderViT, patchify
+from maelab.runs import read_metrics
 from maelab.tasks import finetune, pretrain, probe
 from maelab.tasks.evaluate import evaluate
 from maelab.tasks.reconstruct import reconstruct
 from maelab.training.checkpoint import load_model
 from maelab.training.loop import Outcome, Task, train
-from maelab.training.runlog import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from maelab.data import Dataset, ImageSet, training_sets
 from maelab.errors import UsageError
 from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.runs import read_json
 from maelab.training.checkpoint import load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import read_json
 
 
 def choose_part(data: Dataset, split: Literal["test", "val"], run_config: dict[str, Any]) -> ImageSet:

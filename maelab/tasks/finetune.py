@@ -15,10 +15,11 @@ from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters
 from maelab.model import VisionTransformer
-from maelab.training.checkpoint import ModelSpec, load_model, write_json
+from maelab.runs import read_metrics, write_json
+from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import Task, train
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import open_run, read_metrics, say
+from maelab.training.runlog import open_run, say
 from maelab.weights import load_encoder
 
 PICTURED = 24

@@ -21,10 +21,11 @@ from maelab.inference import (
     reconstruct_images,
 )
 from maelab.model import MaskedAutoencoderViT, patchify
-from maelab.training.checkpoint import ModelSpec, write_json
+from maelab.runs import read_metrics, write_json
+from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import Task, train
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import open_run, read_metrics, say
+from maelab.training.runlog import open_run, say
 
 KNN_IMAGES = 10_000  # k-NN during training compares with so many training images at most
 PICTURED = 8

@@ -14,10 +14,11 @@ from maelab.data.batches import batch_index, rank_slice
 from maelab.errors import UsageError
 from maelab.inference import classification_scores, extract_features, knn_accuracy
 from maelab.model import VisionTransformer
-from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model, write_json
+from maelab.runs import read_metrics, write_json
+from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.loop import Task, train
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import open_run, read_metrics, say
+from maelab.training.runlog import open_run, say
 
 
 def probe(

@@ -1,7 +1,6 @@
 """Checkpoints: a portable one (model.safetensors and config.json) and, beside it, what resuming needs (training.pt)."""
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from maelab.data import Dataset, load
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.runs import find_checkpoint, read_checkpoint, write_atomically, write_json
 
 MODELS = {c.__name__: c for c in (MaskedAutoencoderViT, VisionTransformer, nn.Linear)}
 
@@ -41,53 +41,11 @@ class ModelSpec:
         return MODELS[self.model](**self.arguments)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Raises:
-        RunError: if it cannot be written, e.g. because the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; what was there before stands") from error
-    finally:
-        _remove(temporary)
-
-
-def _remove(temporary: Path) -> None:
-    with contextlib.suppress(OSError):  # above all where its folder could not be made
-        temporary.unlink()
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def save_model(folder: Path, spec: ModelSpec, state: dict[str, torch.Tensor]) -> None:
     """Write model.safetensors and config.json into `folder`."""
     write_json(folder / "config.json", {"format": 1, **vars(spec)})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the best (else the last) checkpoint of a run folder.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"no run folder or checkpoint at {path}")
-    for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "last"):
-        if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
-            return folder
-    raise UsageError(f"{path} holds no checkpoint (looked for model.safetensors and config.json, and for checkpoints/)")
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -97,14 +55,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         UsageError: if there is no checkpoint.
         RunError: if its config.json is damaged.
     """
-    file = find_checkpoint(path) / "config.json"
-    try:
-        content = json.loads(file.read_text())
-        if content.pop("format") != 1 or content["model"] not in MODELS or not isinstance(content["arguments"], dict):
-            raise ValueError("not a format that this version knows")
-        return ModelSpec(**{**content, "class_names": tuple(content["class_names"])})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{file} is damaged or not a maelab checkpoint ({type(error).__name__}: {error})") from error
+    return ModelSpec(**read_checkpoint(path))
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
@@ -156,7 +107,8 @@ def save_training(file: Path, state: dict[str, Any]) -> None:
         why = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise RunError(f"cannot write {file}: {why}; the checkpoint before it stands") from error
     finally:
-        _remove(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_training(file: Path) -> dict[str, Any] | None:

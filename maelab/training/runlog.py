@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import maelab
 from maelab.config import RunOptions
 from maelab.errors import RunError, UsageError
-from maelab.training.checkpoint import write_json
+from maelab.runs import is_complete, read_json, write_json
 from maelab.training.parallel import Engine, tensorboard
 
 _OURS = re.compile(r"\.lock|\..+\.\d+")  # the lock, and files under their temporary names
@@ -34,40 +34,6 @@ def say(text: str) -> None:
     """Print a line for people, on stderr; of several processes only the first speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         console.print(text, markup=False)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the run finished: result.json is written last."""
-    return (folder / "result.json").is_file()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of the run folder, {} when it is missing.
-
-    Raises:
-        RunError: if it is damaged.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds no JSON object")
-    return content
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a row that was cut off while being written is left out."""
-    rows = []
-    file = folder / "metrics.jsonl"
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def resolved(task: str, recipe: str, config: object) -> dict[str, Any]:
