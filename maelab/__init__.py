@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from maelab.model import VisionTransformer as VisionTransformer
     from maelab.tasks.evaluate import evaluate as evaluate
     from maelab.tasks.finetune import finetune as finetune
+    from maelab.tasks.predict import predict as predict
     from maelab.tasks.pretrain import pretrain as pretrain
     from maelab.tasks.probe import probe as probe
     from maelab.tasks.reconstruct import reconstruct as reconstruct
@@ -42,6 +43,7 @@ _HOME = {
     "finetune": ("maelab.tasks.finetune", "finetune"),
     "load_data": ("maelab.data", "load"),
     "load_model": ("maelab.training.checkpoint", "load_model"),
+    "predict": ("maelab.tasks.predict", "predict"),
     "pretrain": ("maelab.tasks.pretrain", "pretrain"),
     "probe": ("maelab.tasks.probe", "probe"),
     "reconstruct": ("maelab.tasks.reconstruct", "reconstruct"),

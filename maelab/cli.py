@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed, 2 bad usage, 130 interrupted after savin
 """
 
 import contextlib
+import csv
 import dataclasses
 import difflib
 import io
@@ -15,7 +16,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -275,6 +276,101 @@ def reconstruct(arguments: list[str]) -> None:
     _print(args.output, result, "\n".join([*lines, result["out"]]))
 
 
+def predict(arguments: list[str]) -> None:
+    """classify images with a fine-tuned model: maelab predict RUN IMAGE..."""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint of a classifier"""
+        images: Positional[tuple[str, ...]] = ()
+        """files, folders, globs, or - for paths from stdin, one a line; scaled and cropped as in training, never
+        inverted: a model of MNIST expects white digits on black"""
+        top: int = 3
+        """classes to name for each image"""
+        csv: bool = False
+        """print CSV instead of a table"""
+        gallery: Path | None = None
+        """PNG to draw of the first 64 images with their classes"""
+        batch_size: int = 256
+        """images in memory at a time"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "predict")
+    if not args.images:
+        raise UsageError("predict needs images: files, folders, globs, or - for paths from stdin")
+    if args.csv and args.output.json:
+        raise UsageError("--csv and --json exclude each other")
+    from maelab.tasks.predict import predict
+    from maelab.training.checkpoint import read_spec
+    from maelab.training.runlog import say
+
+    entries = predict(
+        args.run,
+        _with_stdin(args.images),
+        top=args.top,
+        batch_size=args.batch_size,
+        gallery=args.gallery,
+        options=RunOptions(**vars(args.options)),
+    )
+    count = {"read": 0, "unreadable": 0}
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for entry in entries:
+            count["unreadable" if "error" in entry else "read"] += 1
+            if "error" in entry:
+                say(f"cannot read {entry['path']}: {entry['error']}")
+            yield entry
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths are bytes: those that are no text stay what they are
+    if args.output.json:
+        _predictions_as_json(noted())
+    elif args.csv:
+        _predictions_as_csv(noted(), args.top)
+    else:
+        _predictions_as_table(noted(), max(map(len, read_spec(args.run).class_names), default=4))
+    if not count["read"]:
+        raise RunError("no image could be read") if count["unreadable"] else UsageError("stdin names no image")
+
+
+def _with_stdin(images: Iterable[str]) -> Iterator[str]:
+    """The images, with the lines of stdin in the place of each "-"."""
+    for image in images:
+        lines = sys.stdin.buffer if image == "-" else ()
+        yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in lines if line.strip())
+        if image != "-":
+            yield image
+
+
+def _predictions_as_json(entries: Iterable[dict[str, Any]]) -> None:
+    """One object, written as it grows."""
+    before = '{"predictions": ['
+    for entry in entries:
+        print(before, json.dumps(entry), sep="", end="")
+        before = ", "
+    if before == ", ":
+        print("]}")
+
+
+def _predictions_as_csv(entries: Iterable[dict[str, Any]], top: int) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
+    for i, entry in enumerate(entries):
+        if i == 0:
+            writer.writerow(["path", "error", *(name + rank for rank in ranks for name in ("label", "probability"))])
+        ranked = [value for guess in entry.get("top", ()) for value in (guess["label"], f"{guess['probability']:.6f}")]
+        writer.writerow([entry["path"], entry.get("error", ""), *ranked, *[""] * (2 * top - len(ranked))])
+
+
+def _predictions_as_table(entries: Iterable[dict[str, Any]], width: int) -> None:
+    """The path comes last, so that columns stand below each other however long it is."""
+    for entry in entries:
+        guesses = [f"{guess['label']:{width}s} {guess['probability']:6.1%}" for guess in entry.get("top", ())]
+        print("  ".join([*(guesses or ["unreadable".ljust(width + 7)]), entry["path"]]))
+
+
 def info(arguments: list[str]) -> None:
     """say what a run folder holds: maelab info RUN"""
 
@@ -389,6 +485,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": finetune,
     "probe": probe,
     "evaluate": evaluate,
+    "predict": predict,
     "reconstruct": reconstruct,
     "sweep": sweep,
     "info": info,

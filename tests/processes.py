@@ -65,8 +65,9 @@ class Maelab:
         Args:
             arguments: of the command.
             cwd: its working directory.
-            request: stdout: a file instead of the usual one; largest_file: bytes, as if the disk were full beyond;
-                die: (file name, n, "before" | "after"), kill it when it puts the n-th file of this name in place.
+            request: stdin, stdout: a file instead of the usual one; largest_file: bytes, as if the disk were
+                full beyond; die: (file name, n, "before" | "after"), kill it when it puts the n-th file of this
+                name in place.
         """
         self._started += 1
         out, err = (self._files / f"{self._started}.{end}" for end in ("out", "err"))
@@ -105,7 +106,9 @@ class Process:
     def wait(self) -> Ended:
         status = self.maelab._ask(wait=self.pid)
         self.maelab._running.remove(self.pid)
-        return Ended(status, self.out.read_text() if self.out.exists() else "", self.err.read_text())
+        return Ended(
+            status, self.out.read_text(errors="surrogateescape") if self.out.exists() else "", self.err.read_text()
+        )
 
     def wait_for(self, file: Path, lines: int = 1) -> None:
         """Until a file has so many lines."""
@@ -166,7 +169,7 @@ def _serve() -> None:
 
     from maelab import figures
     from maelab.cli import main
-    from maelab.tasks import evaluate, probe, reconstruct  # noqa: F401
+    from maelab.tasks import evaluate, predict, probe, reconstruct  # noqa: F401
 
     draw_little()
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
@@ -183,6 +186,9 @@ def _serve() -> None:
             print(pid, flush=True)
             continue
         os.chdir(request["cwd"])
+        if "stdin" in request:
+            os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+            sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the server's own has read ahead
         for file, number in ((request["stdout"], 1), (request["stderr"], 2)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         if "largest_file" in request:

@@ -10,12 +10,14 @@ white; 16-bit grey is scaled to 8 bits. Whatever cannot be decoded is named, ski
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -118,9 +120,9 @@ def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
         raise UsageError(f"there is no folder {root}")
     if not root.is_dir():
         raise UsageError(f"{root} is a file; folder:PATH takes a folder of images")
-    parts = {path.name for path in root.iterdir() if path.is_dir()} if not _images(root, deep=False) else set()
+    parts = {path.name for path in root.iterdir() if path.is_dir()} if not list_images(root, deep=False) else set()
     if {"train", "test"} <= parts:
-        if extra := sorted(name for name in parts - {"train", "test"} if _images(root / name)):
+        if extra := sorted(name for name in parts - {"train", "test"} if list_images(root / name)):
             raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there")
         train, class_names = _list_classes(root / "train")
         test, test_classes = _list_classes(root / "test")
@@ -142,9 +144,9 @@ def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
 
 def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     """Sorted (path, class name) of the images in `folder`, and its classes; the name is "" in a flat folder."""
-    loose = _images(folder, deep=False)
+    loose = list_images(folder, deep=False)
     subs = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=lambda p: p.name)
-    by_class = {sub.name: _images(sub) for sub in subs}
+    by_class = {sub.name: list_images(sub) for sub in subs}
     full = [name for name, images in by_class.items() if images]
     if loose and full:
         raise UsageError(
@@ -160,7 +162,7 @@ def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]
     return [(path, name) for name in full for path in by_class[name]], tuple(full)
 
 
-def _images(folder: Path, deep: bool = True) -> list[Path]:
+def list_images(folder: Path, deep: bool = True) -> list[Path]:
     """Files of `folder` with an image's suffix, sorted; hidden ones (".x", "._x.png" of macOS) are left out."""
     paths = folder.rglob("*") if deep else folder.iterdir()
     found = (path for path in paths if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file())
@@ -208,19 +210,70 @@ def _reason(error: Exception, path: Path) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def read_image(path: Path, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """One image file, prepared as those of a folder are: uint8 (1, channels, *size).
+def find_images(inputs: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
+    """The image files that `inputs` name, one after the other, each input looked up only when its turn comes.
+
+    Args:
+        inputs: a file is itself; a folder is the images in it and below, sorted; a glob is what it matches, sorted.
+
+    Yields:
+        (path as it was given, ""), or (the input, why it names none).
+    """
+    for path in map(os.path.expanduser, map(str, inputs)):  # os.path's tests raise no error, whatever a path holds
+        literal = os.path.exists(path) or not glob.has_magic(path)
+        matches = [path] if literal else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            yield path, "matches no file"
+        for match in matches:
+            try:
+                images = list(map(str, list_images(Path(match)))) if os.path.isdir(match) else [match]
+            except OSError as error:
+                yield match, error.strerror or str(error)
+                continue
+            if not images:
+                yield match, f"a folder without images ({', '.join(SUFFIXES)})"
+            yield from ((image, "") for image in images)
+
+
+def read_batches(
+    inputs: Iterable[str | Path], size: tuple[int, int], channels: int, batch_size: int
+) -> Iterator[list[tuple[str, torch.Tensor | str]]]:
+    """The image files that `inputs` name (see `find_images`), prepared as those of a folder are and decoded in threads,
+    so many at a time.
+
+    Yields:
+        (path, uint8 (channels, *size)), or (path, why it cannot be read) for each file of a batch, in order.
+    """
+
+    def read(path: str, reason: str) -> torch.Tensor | str:
+        if reason or (os.path.exists(path) and not os.path.isfile(path)):  # reading a pipe might wait for ever
+            return reason or "not a file"
+        try:
+            return torch.from_numpy(_decode(Path(path), size, channels).copy())
+        except Exception as error:  # decoders raise anything on damaged bytes
+            return _reason(error, Path(path))
+
+    found = find_images(inputs)
+    while batch := list(islice(found, batch_size)):
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            images = list(pool.map(read, *zip(*batch, strict=True)))
+        yield [(path, image) for (path, _), image in zip(batch, images, strict=True)]
+
+
+def read_all(inputs: Iterable[str | Path], size: tuple[int, int], channels: int) -> torch.Tensor:
+    """All image files that `inputs` name (see `find_images`): uint8 (N, channels, *size).
 
     Raises:
-        UsageError: if it cannot be decoded.
+        UsageError: if one cannot be decoded, or there is none.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return torch.from_numpy(_decode(path, size, channels).copy())[None]
-        except Exception as error:
-            raise UsageError(f"cannot read the image {path}: {_reason(error, path)}") from error
+    images = []
+    for path, image in (pair for batch in read_batches(inputs, size, channels, 64) for pair in batch):
+        if isinstance(image, str):
+            raise UsageError(f"cannot read the image {path}: {image}")
+        images.append(image)
+    return torch.stack(images)
 
 
 def _read_header(path: Path) -> _Header:

@@ -9,7 +9,7 @@ import torch
 from maelab import figures
 from maelab.config import RunOptions
 from maelab.data.batches import scale
-from maelab.data.folder import read_image
+from maelab.data.folder import read_all
 from maelab.errors import UsageError
 from maelab.inference import caption, check_masking, reconstruct_images
 from maelab.model import MaskedAutoencoderViT
@@ -56,7 +56,7 @@ def reconstruct(
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
     if images:
-        shown = torch.cat([read_image(Path(p), model.img_size, model.in_chans) for p in images])
+        shown = read_all(images, model.img_size, model.in_chans)
     else:
         data = load_matching_data(spec, None, options.data_dir)
         pool = (data.test or data.train).images

@@ -1,0 +1,89 @@
+"""Classes of image files that a fine-tuned model has never seen, with probabilities."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maelab import figures
+from maelab.config import RunOptions
+from maelab.data import ImageSet
+from maelab.data.batches import scale
+from maelab.data.folder import read_batches
+from maelab.errors import UsageError
+from maelab.inference import class_probabilities
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.training.checkpoint import load_model
+from maelab.training.parallel import prepare, start_engine
+
+PICTURED = 64
+
+
+def predict(
+    run: str | Path,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    top: int = 3,
+    batch_size: int = 256,
+    gallery: Path | None = None,
+    options: RunOptions | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Classify images, prepared as those of a folder are for training: scaled to cover the model's image size, cropped
+    around the centre, made grey or coloured. They are not inverted: a model of MNIST expects white digits on black.
+
+    Args:
+        run: run folder or checkpoint of a classifier.
+        paths: image files, folders of them, or globs; taken a batch at a time, so that there may be any number.
+        top: how many classes to name for each image, the likeliest first.
+        batch_size: images in memory at a time.
+        gallery: PNG to draw, of the first 64 images with their classes.
+        options: where to run.
+
+    Returns:
+        An iterator over the images in order: {"path", "label", "probability", "top": [{"label", "probability"}, ...]},
+        or {"path", "error"} for what cannot be read.
+
+    Raises:
+        UsageError, RunError: at once, if the run cannot be read or is no classifier; RunError on drawing the gallery.
+    """
+    model, spec = load_model(run)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{run} is a linear probe; predict needs a fine-tuned classifier")
+    if isinstance(model, MaskedAutoencoderViT):
+        raise UsageError(
+            f"{run} is an autoencoder and knows no classes; make it a classifier with maelab finetune --init {run}"
+        )
+    for flag, value in (("--top", top), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    if gallery is not None and gallery.suffix.lower() != ".png":
+        raise UsageError(f"--gallery {gallery}: the picture is a PNG; give a name that ends in .png")
+    names = spec.class_names or tuple(map(str, range(model.num_classes)))
+    options = options or RunOptions()
+    engine = start_engine(options)
+    prepare(model.to(engine.device), engine, options)
+
+    def entries() -> Iterator[dict[str, Any]]:
+        pictured: list[tuple[torch.Tensor, torch.Tensor]] = []
+        inputs = [paths] if isinstance(paths, str | Path) else paths
+        for batch in read_batches(inputs, model.img_size, model.in_chans, batch_size):
+            images = [image for _, image in batch if not isinstance(image, str)]
+            rows = iter(())
+            if images:
+                with engine.autocast():
+                    stacked = ImageSet(torch.stack(images), None).to(engine.device)
+                    probabilities = class_probabilities(model, stacked).cpu()
+                rows = zip(*(x.tolist() for x in probabilities.topk(min(top, len(names)))), strict=True)
+                if gallery is not None and len(pictured) < PICTURED:
+                    pictured += list(zip(images, probabilities, strict=True))[: PICTURED - len(pictured)]
+                    shown, known = map(torch.stack, zip(*pictured, strict=True))
+                    figures.predictions(gallery, scale(shown), None, known, names)
+            for path, image in batch:
+                if isinstance(image, str):
+                    yield {"path": path, "error": image}
+                    continue
+                ranked = [{"label": names[i], "probability": p} for p, i in zip(*next(rows), strict=True)]
+                yield {"path": path, **ranked[0], "top": ranked}
+
+    return entries()
