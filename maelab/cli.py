@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -323,8 +324,6 @@ def predict(arguments: list[str]) -> None:
                 say(f"cannot read {entry['path']}: {entry['error']}")
             yield entry
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths are bytes: those that are no text stay what they are
     if args.output.json:
         _predictions_as_json(noted())
     elif args.csv:
@@ -371,6 +370,81 @@ def _predictions_as_table(entries: Iterable[dict[str, Any]], width: int) -> None
         print("  ".join([*(guesses or ["unreadable".ljust(width + 7)]), entry["path"]]))
 
 
+def runs(arguments: list[str]) -> None:
+    """list runs and their results, filtered and sorted: maelab runs [DIR]"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        dir: Positional[Path] = Path("runs")
+        """folder to look through"""
+        filter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """'field=value', or with != and, for numbers, <, >, <=, >=; quote it; may be given several times"""
+        sort: str | None = None
+        """field to sort by"""
+        descending: bool = False
+        """from the highest to the lowest"""
+        columns: str | None = None
+        """fields to show, a,b,c; --json shows all there are"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "runs")
+    from maelab.runs import known_field, select, summaries
+
+    rows = summaries(args.dir)
+    chosen = select(rows, args.filter, args.sort, args.descending)
+    if args.columns is None:
+        columns = [c for c in _COLUMNS if any(row.get(c) is not None for row in chosen)]
+    else:
+        columns = [known_field(name.strip(), rows) for name in args.columns.split(",")]
+    if chosen:
+        text = _table(chosen, columns)
+    else:
+        text = f"none of the {len(rows)} runs in {args.dir} fits" if rows else f"there is no run in {args.dir}"
+    _print(args.output, {"runs": chosen}, text)
+
+
+_COLUMNS = ("path", "task", "recipe", "seed", "epochs")
+_COLUMNS += ("val.masked_mse", "val.knn_accuracy", "val.accuracy", "test.accuracy")
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as a table as wide as the terminal, or 100 columns; where that is too narrow, paths are folded."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from maelab.runs import as_text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in columns:
+        numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
+        heading = re.sub(r"([._])", r"\1\n", name)
+        long = name in ("path", "init", "data")
+        table.add_column(
+            heading,
+            justify="right" if numbers else "left",
+            no_wrap=not long,
+            overflow="fold",
+            min_width=20 if long else None,
+        )
+    for row in rows:
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            if name == "epochs" and not row["complete"]:
+                cells.append(f"{row['epochs_done']} of {value}")
+            elif isinstance(value, float):
+                cells.append(f"{value:.4f}" if "." in name else f"{value:g}")
+            else:
+                cells.append("" if value is None else as_text(value))
+        table.add_row(*cells, style=None if row["complete"] else "dim")
+    terminal = sys.stdout.isatty()
+    console = Console(file=io.StringIO(), markup=False, highlight=False, emoji=False, force_terminal=terminal or None)
+    console.width = shutil.get_terminal_size().columns if terminal else 100
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore
+
+
 def info(arguments: list[str]) -> None:
     """say what a run folder holds: maelab info RUN"""
 
@@ -381,8 +455,7 @@ def info(arguments: list[str]) -> None:
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "info")
-    from maelab.runs import is_complete, read_json, read_metrics
-    from maelab.training.checkpoint import read_spec
+    from maelab.runs import is_complete, read_checkpoint, read_json, read_metrics
 
     config, result = read_json(args.run / "config.json"), read_json(args.run / "result.json")
     metrics = read_metrics(args.run)
@@ -390,8 +463,8 @@ def info(arguments: list[str]) -> None:
     if "task" in config and not metrics:
         summary |= {"config": config, "epochs_done": 0}
     else:
-        spec = read_spec(args.run)
-        summary |= {"model": spec.model, "arguments": spec.arguments, "class_names": spec.class_names}
+        spec = read_checkpoint(args.run)
+        summary |= {key: spec[key] for key in ("model", "arguments", "class_names")}
         summary |= {"config": config, "epochs_done": max((row["epoch"] for row in metrics), default=0)}
         summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(args.run / "env.json")}
     state = "complete" if summary["complete"] else f"unfinished, {summary['epochs_done']} epochs done"
@@ -488,6 +561,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "reconstruct": reconstruct,
     "sweep": sweep,
+    "runs": runs,
     "info": info,
     "bench": bench,
 }
@@ -517,6 +591,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go away
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths are bytes: those that are no text stay what they are
     try:
         _run(arguments)
         sys.stdout.flush()

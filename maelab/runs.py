@@ -1,10 +1,13 @@
 """What a run folder holds: reading, finding and listing runs and their checkpoints, without torch."""
 
 import contextlib
+import difflib
 import json
+import operator
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +159,82 @@ def summaries(folder: str | Path) -> list[dict[str, Any]]:
         with _reported():
             rows.append(summary(run))
     return rows
+
+
+def select(
+    rows: list[dict[str, Any]], conditions: Sequence[str] = (), sort: str | None = None, descending: bool = False
+) -> list[dict[str, Any]]:
+    """The rows that meet every condition.
+
+    Args:
+        rows: as `summaries` gives them.
+        conditions: 'field=value', or with != and, for numbers, <, >, <=, >=. A missing field is none.
+        sort: field to sort by; rows without it come last.
+        descending: from the highest to the lowest.
+
+    Raises:
+        UsageError: if a condition cannot be read, or no row has its field.
+    """
+    kept = list(rows)
+    for condition in conditions:
+        if not (parts := re.fullmatch(r"([^<>=!]+)(<=|>=|!=|=|<|>)(.*)", condition)):
+            raise UsageError(f"--filter {condition}: write field=value, or with !=, <, >, <=, >=")
+        field, sign, wanted = known_field(parts[1].strip(), rows), parts[2], parts[3].strip()
+        compare, number = _SIGNS[sign], _number(wanted)
+        if sign in ("=", "!="):
+            kept = [row for row in kept if compare(_comparable(row.get(field)), _comparable(wanted))]
+        elif number is None:
+            raise UsageError(f"--filter {condition}: {sign} compares numbers, got {wanted!r}")
+        else:
+            kept = [row for row in kept if (value := _number(row.get(field))) is not None and compare(value, number)]
+    if sort is not None:
+        field = known_field(sort, rows)
+        have = [row for row in kept if row.get(field) is not None]
+        order = sorted(have, key=lambda row: _sortable(row[field]), reverse=descending)
+        kept = order + [row for row in kept if row.get(field) is None]
+    return kept
+
+
+def known_field(name: str, rows: list[dict[str, Any]]) -> str:
+    """The field that `name` means, val.masked-mse for val.masked_mse.
+
+    Raises:
+        UsageError: if there are rows and none has it; names the nearest.
+    """
+    field, known = name.replace("-", "_"), dict.fromkeys(key for row in rows for key in row)
+    if rows and field not in known:
+        near = difflib.get_close_matches(field, known, 1, cutoff=0.5)
+        raise UsageError(f"no run has a field {name!r}; " + (f"did you mean {near[0]}?" if near else "see --json"))
+    return field
+
+
+_SIGNS = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
+}  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    """None where it is no number; true and false are none."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    return None
+
+
+def _comparable(value: Any) -> float | str:
+    number = _number(value)
+    return as_text(value).lower() if number is None else number
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    number = _number(value)
+    return number is None, number or 0.0, as_text(value)
+
+
+def as_text(value: Any) -> str:
+    """A field as a person writes it: none, true, 28,28."""
+    if isinstance(value, list):
+        return ",".join(as_text(item) for item in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 @contextlib.contextmanager

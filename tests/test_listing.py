@@ -1,13 +1,18 @@
 """Finding and listing runs."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import environment
 
 from maelab.errors import RunError, UsageError
-from maelab.runs import MODELS, find_runs, read_json, summaries, summary
+from maelab.runs import MODELS, find_runs, read_json, select, summaries, summary
 
 
 def write_run(folder: Path, config: dict[str, Any], result: dict[str, Any] | None = None, epochs: int = 0) -> Path:
@@ -34,7 +39,10 @@ def runs(tmp_path):
     scores = {"test": {"accuracy": 0.99}, "val": {"accuracy": 0.98}}
     write_run(folder / "mae-10", FINETUNE, {**FINETUNE, "epochs": 2, **scores, "images_per_s": 5000.5}, epochs=2)
     write_run(
-        folder / "sweep" / "a,b=1" / "probe", {"task": "probe", "recipe": "sweep", "data": "same"}, None, epochs=1
+        folder / "sweep" / "a,b=1" / "probe",
+        {"task": "probe", "recipe": "sweep", "data": "same", "epochs": 5},
+        None,
+        epochs=1,
     )
     write_run(folder / "mae-2" / "checkpoints" / "best", {"format": 1})
     write_run(folder / "mae-2" / "checkpoints" / "odd", PRETRAIN)
@@ -98,3 +106,95 @@ def test_checkpoints_are_of_models_that_can_be_built():
     from maelab.training import checkpoint
 
     assert tuple(checkpoint.MODELS) == MODELS
+
+
+# --- maelab runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conditions", "tasks"),
+    [
+        (["task=probe"], ["probe"]),
+        (["task!=probe", "complete=true"], ["pretrain", "finetune"]),
+        (["init=none"], ["pretrain", "probe"]),
+        (["val.accuracy>0.5"], ["finetune"]),
+        (["val.masked-mse <= 0.1130"], ["pretrain"]),
+        (["seed>=0", "seed<1"], ["pretrain"]),
+        (["epochs_done=2.0"], ["finetune"]),
+        (["data=mnist", "recipe=sweep"], []),
+    ],
+)
+def test_filters(conditions, tasks, runs):
+    assert [row["task"] for row in select(summaries(runs), conditions)] == tasks
+
+
+def test_sorting_leaves_what_lacks_the_field_to_the_end(runs):
+    rows = summaries(runs)
+    assert [row["task"] for row in select(rows, sort="seed", descending=True)] == ["finetune", "pretrain", "probe"]
+    assert next(row["task"] for row in select(rows, sort="val.masked_mse")) == "pretrain"
+    assert [row["epochs_done"] for row in select(rows, sort="epochs_done")] == [1, 2, 6], "numbers, not their digits"
+
+
+def test_the_table(runs, maelab):
+    ended = maelab.run("runs", cwd=runs.parent)
+    assert (ended.status, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(" runs/")}
+    assert rows == {
+        "runs/mae-2": ["pretrain", "mnist", "0", "6", "0.1130", "0.9688"],
+        "runs/mae-10": ["finetune", "mnist", "1", "3", "0.9800", "0.9900"],
+        "runs/sweep/a,b=1/probe": ["probe", "sweep", "1", "of", "5"],
+    }
+    os.rename(runs / "mae-10", os.fsencode(runs / "mae-") + b"\xff")
+    assert "mae-\udcff" in maelab.run("runs", cwd=runs.parent).out, "a name that is no text stays what it is"
+    chosen = maelab.run("runs", "runs", "--columns", "path,params", "--filter", "params>1", cwd=runs.parent)
+    assert [line.split() for line in chosen.out.splitlines()[2:]] == [["runs/mae-2", "1000"]]
+
+
+def test_json_holds_whole_summaries(runs, maelab):
+    damaged = Path(shutil.copytree(runs / "mae-2", runs / "mae-3")) / "config.json"
+    damaged.write_text("{")
+    ended = maelab.run("runs", runs, "--json", "--filter", "seed=1", cwd=runs)
+    assert ended.json() == {"runs": [summary(runs / "mae-10")]}
+    assert ended.err.startswith(f"maelab: skipped: {damaged} is damaged: ") and ended.err.count("\n") == 1
+    empty = maelab.run("runs", runs / "other", cwd=runs)
+    assert (empty.status, empty.out) == (0, f"there is no run in {runs}/other\n")
+    assert maelab.run("runs", "--filter", "seed=5", cwd=runs.parent).out == "none of the 3 runs in runs fits\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--filter", "sead=1"], "no run has a field 'sead'; did you mean seed?"),
+        (["--sort", "val.acuracy"], "no run has a field 'val.acuracy'; did you mean val.accuracy?"),
+        (["--columns", "path,tusk"], "no run has a field 'tusk'; did you mean task?"),
+        (["--columns", "x"], "no run has a field 'x'; see --json"),
+        (["--filter", "seed"], "--filter seed: write field=value, or with !=, <, >, <=, >="),
+        (["--filter", "seed>many"], "--filter seed>many: > compares numbers, got 'many'"),
+        (["nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_refusals(flags, message, runs, maelab):
+    folder = [] if flags == ["nowhere"] else [runs]
+    ended = maelab.run("runs", *folder, *flags, cwd=runs)
+    assert (ended.status, ended.error()) == (2, message)
+
+
+def test_listing_and_info_load_nothing_heavy_and_are_fast(runs, tmp_path):
+    """In a fresh process; CPU time, since the machine may be busy."""
+    best = runs / "mae-2" / "checkpoints" / "best"
+    description = {"model": "MaskedAutoencoderViT", "arguments": {"depth": 4}, "data": "mnist", "class_names": []}
+    (best / "config.json").write_text(json.dumps({"format": 1, **description}))
+    (best / "model.safetensors").touch()
+    code = f"""if True:
+        import sys, time
+        from maelab.cli import main
+        status = main(["runs", {str(runs)!r}]), main(["info", {str(runs / "mae-2")!r}]), main(["info", {str(best)!r}])
+        loaded = [name for name in ("torch", "numpy", "matplotlib", "safetensors") if name in sys.modules]
+        print(*status, len(loaded), time.process_time())"""
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env=environment(tmp_path), capture_output=True, text=True, check=True)
+    *status, seconds = done.stdout.splitlines()[-1].split()
+    assert status == ["0"] * 4 and float(seconds) < 1, done
+    assert "depth = 4" in done.stdout
