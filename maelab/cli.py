@@ -249,9 +249,15 @@ def reconstruct(arguments: list[str]) -> None:
         run: Positional[Path]
         """run folder or checkpoint of a masked autoencoder"""
         images: Positional[tuple[Path, ...]] = ()
-        """image files; none takes test images of the data it was trained on"""
+        """image files, folders, globs; none takes test images of the data it was trained on"""
         mask_ratio: tuple[float, ...] = ()
         """one group of rows for each; none is the ratio of training"""
+        mask_kind: Literal["random", "block", "grid"] = "random"
+        """block: one block for each image; grid: the regular pattern nearest to the ratio"""
+        mask_file: Path | None = None
+        """what to hide: the dark parts of an image or the 1s of a text, with a cell for each patch or each pixel"""
+        sweep: bool = False
+        """draw the ratios 0.1 to 0.9, or with --out FILE.gif an animation of vanishing patches"""
         count: int = 8
         """how many images of the data set"""
         seed: int = 0
@@ -268,12 +274,19 @@ def reconstruct(arguments: list[str]) -> None:
         args.run,
         args.images,
         mask_ratios=args.mask_ratio or None,
+        mask_kind=args.mask_kind,
+        mask_file=args.mask_file,
+        sweep=args.sweep,
         count=args.count,
         seed=args.seed,
         out=args.out,
         options=RunOptions(**vars(args.options)),
     )
-    lines = [f"masked MSE {error:.4f} with {ratio:.0%} hidden" for ratio, error in result["masked_mse"].items()]
+    lines = [
+        f"masked MSE {error:.4f} with {ratio:.0%} hidden ({result['hidden'][ratio]} of {result['patches']} patches);"
+        f" mean of the visible pixels {result['visible_mean_mse'][ratio]:.4f}"
+        for ratio, error in result["masked_mse"].items()
+    ]
     _print(args.output, result, "\n".join([*lines, result["out"]]))
 
 

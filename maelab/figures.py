@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,30 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 from maelab.errors import RunError
 
 DPI = 150
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
+
+
+def _write(file: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write a temporary file, and put it in place.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -25,17 +44,10 @@ def save_figure(figure: Figure, file: Path) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}") from error
+        _write(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
     finally:
         plt.close(figure)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def to_picture(image: Any) -> np.ndarray:
@@ -44,31 +56,120 @@ def to_picture(image: Any) -> np.ndarray:
     return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture[:, :, :3]
 
 
-def reconstructions(file: Path, groups: Sequence[tuple[str, Any, Any, Any]]) -> None:
+def _mosaic(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, list[float], list[float]]:
+    """Rows of images (C, H, W) in [-1, 1], white between them: (H', W', 3) in [0, 1], and the centres of rows and
+    columns in pixels. Rows may be of different length."""
+    height, width = np.shape(rows[0][0])[1:]
+    gap = max(1, min(height, width) // 14)
+    columns = max(map(len, rows))
+    canvas = np.ones((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.float32)
+    for r, images in enumerate(rows):
+        for c, image in enumerate(images):
+            top, left = r * (height + gap), c * (width + gap)
+            canvas[top : top + height, left : left + width] = to_picture(image)
+    rows_at = [r * (height + gap) + (height - 1) / 2 for r in range(len(rows))]
+    return canvas, rows_at, [c * (width + gap) + (width - 1) / 2 for c in range(columns)]
+
+
+def reconstructions(
+    file: Path,
+    groups: Sequence[tuple[str, Any, Any, Any]],
+    names: Sequence[str] = ("original", "masked", "rebuilt"),
+    columns: Sequence[str] = (),
+) -> None:
     """Rows of original, masked and rebuilt images, a group of three rows after the other.
 
     Args:
         file: PNG to write.
         groups: (title, original, masked, rebuilt), the images (N, C, H, W) in [-1, 1].
+        names: of the rows of a group.
+        columns: what to write over each image, if anything.
     """
-    columns = max(len(original) for _, original, _, _ in groups)
+    width = max(len(original) for _, original, _, _ in groups)
     # Without a layout engine: the tight box of save_figure takes in titles and labels, however long.
-    figure, axes = plt.subplots(len(groups), 1, figsize=(1.3 * columns, 4.4 * len(groups)), squeeze=False)
+    figure, axes = plt.subplots(len(groups), 1, figsize=(1.3 * width, 4.4 * len(groups)), squeeze=False)
     for ax, (title, *rows) in zip(axes[:, 0], groups, strict=True):
-        height, width = np.shape(rows[0])[2:]
-        gap = max(1, min(height, width) // 14)
-        canvas = np.ones((3 * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.float32)  # white
-        for r, images in enumerate(rows):
-            for c, image in enumerate(images):
-                top, left = r * (height + gap), c * (width + gap)
-                canvas[top : top + height, left : left + width] = to_picture(image)
+        canvas, rows_at, columns_at = _mosaic(rows)
         ax.imshow(canvas, interpolation="nearest")
-        ax.set_yticks([r * (height + gap) + height / 2 for r in range(3)], ["original", "masked", "rebuilt"])
-        ax.set(xticks=[])
-        ax.tick_params(length=0)
+        ax.set_yticks(rows_at, names)
+        ax.set_xticks(columns_at[: len(columns)], [_short(name) for name in columns], fontsize=8)
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
         ax.spines[:].set_visible(False)
         ax.set_title(title, loc="left", fontsize=10)
     save_figure(figure, file)
+
+
+def ratio_sweep(
+    file: Path,
+    groups: Sequence[tuple[str, Any, Any, Any]],
+    errors: Mapping[float, float],
+    baselines: Mapping[float, float],
+) -> None:
+    """A column for each mask ratio: every image masked and rebuilt, and below them the errors.
+
+    Args:
+        file: PNG to write.
+        groups: (title, original, masked, rebuilt) for each ratio, the images (N, C, H, W) in [-1, 1].
+        errors: ratio -> masked MSE, in the order of the groups.
+        baselines: the same of predicting the mean of the visible pixels.
+    """
+    rows = []
+    for i, original in enumerate(groups[0][1]):
+        rows.append([original, *(masked[i] for _, _, masked, _ in groups)])
+        rows.append([np.ones_like(original), *(rebuilt[i] for *_, rebuilt in groups)])
+    canvas, rows_at, columns_at = _mosaic(rows)
+    height, width = canvas.shape[:2]
+    inches = 1.0 * (len(groups) + 1)
+    tall = inches * height / width
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(inches, tall + 1.6), height_ratios=(tall, 1.6), layout="constrained", sharex=True
+    )
+    above.imshow(canvas, interpolation="nearest", aspect="auto")
+    above.set_yticks(rows_at, ["masked", "rebuilt"] * (len(rows) // 2), fontsize=8)
+    above.spines[:].set_visible(False)
+    above.tick_params(length=0, labelbottom=False)
+    above.set_title(_note(groups[0][0]), loc="left", fontsize=8)
+    for label, values, colour in (("mean of the visible pixels", baselines, "grey"), ("model", errors, "#4c72b0")):
+        below.plot(columns_at[1:], list(values.values()), marker=".", color=colour, label=label)
+    below.set_xticks(columns_at, ["original", *(f"{ratio:.0%} hidden" for ratio in errors)], fontsize=8)
+    below.set_ylabel("masked MSE", fontsize=8)
+    below.set_ylim(bottom=0)
+    below.tick_params(axis="y", labelsize=7)
+    below.grid(alpha=0.3)
+    below.legend(fontsize=8, loc="best")
+    save_figure(figure, file)
+
+
+def _note(caption: str) -> str:
+    """The bracketed end of a caption, which says what a reconstruction used beside the model."""
+    return "rebuilt" + caption[caption.index(" (") :] if " (" in caption else ""
+
+
+def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
+    """An animated GIF of original, masked and rebuilt images.
+
+    Args:
+        file: GIF to write.
+        frames: (title, original, masked, rebuilt), the images (N, C, H, W) in [-1, 1], of equal shape in all.
+    """
+    titles, pictures, font = [], [], ImageFont.load_default(16)
+    for title, *rows in frames:
+        rows = rows if len(rows[0]) > 2 else list(zip(*rows, strict=True))  # one or two images lie on their side
+        picture = Image.fromarray(np.asarray(255 * _mosaic(rows)[0], dtype=np.uint8))
+        zoom = min(960 / picture.width, 480 / picture.height)
+        how = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
+        zoom = int(zoom) if zoom >= 1 else zoom
+        titles.append(title)
+        pictures.append(picture.resize((round(picture.width * zoom), round(picture.height * zoom)), how))
+    width = max(pictures[0].width, *(int(font.getlength(title)) + 8 for title in titles))
+    for i, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
+        frame = Image.new("RGB", (width, picture.height + 30), "white")
+        frame.paste(picture, (0, 30))
+        ImageDraw.Draw(frame).text((2, 6), title, fill="black", font=font)
+        pictures[i] = frame.quantize(256, dither=Image.Dither.NONE)
+    lasting = [1000, *[120] * (len(pictures) - 2), 2500][-len(pictures) :]  # milliseconds
+    more = {"save_all": True, "append_images": pictures[1:], "duration": lasting, "loop": 0}
+    _write(file, lambda place: pictures[0].save(place, format="GIF", **more))
 
 
 def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -> None:

@@ -197,9 +197,30 @@ def test_reconstruct(work, maelab, tmp_path, digits_folder, cifar_folder):
         assert picture.height > picture.width, "two ratios, so two groups of three rows"
     again = maelab.run("reconstruct", work / "mae", "--count", 3, "--seed", 1, *CPU, cwd=tmp_path)
     assert again.out.splitlines() == [
-        f"masked MSE {result['masked_mse']['0.75']:.4f} with 75% hidden",
+        f"masked MSE {result['masked_mse']['0.75']:.4f} with 75% hidden (12 of 16 patches);"
+        f" mean of the visible pixels {result['visible_mean_mse']['0.75']:.4f}",
         "reconstruction.png",
     ]
+
+
+def test_reconstruct_under_drawn_masks_and_sweeps(work, maelab, tmp_path):
+    (tmp_path / "mask.txt").write_text("1 1 1 1\n1 0 0 1\n1 0 0 1\n1 1 1 1\n")
+    pixels = Image.new("L", (28, 28), "black")
+    pixels.paste("white", (7, 7, 21, 21))  # the same mask, dark is hidden
+    pixels.save(tmp_path / "mask.png")
+    line = ("reconstruct", work / "mae", "--count", 3, *CPU, "--json")
+    text, drawn = (maelab.run(*line, "--mask-file", f"mask.{end}", cwd=tmp_path).json() for end in ("txt", "png"))
+    assert text == drawn and text["hidden"] == {"0.75": 12} and text["patches"] == 16
+    grid = maelab.run(*line, "--mask-kind", "grid", "--mask-ratio", 0.8, cwd=tmp_path).json()
+    assert grid["hidden"] == {"0.75": 12} and grid["masked_mse"] != text["masked_mse"]
+    swept = maelab.run(*line, "--sweep", "--mask-kind", "block", "--out", "s.png", cwd=tmp_path).json()
+    assert list(swept["masked_mse"]) == [f"0.{i}" for i in range(1, 10)] and len(set(swept["hidden"].values())) > 6
+    moving = maelab.run(*line, "--sweep", "--out", "s.gif", cwd=tmp_path).json()
+    assert (
+        list(moving["hidden"].values()) == list(range(1, 16)) and moving["hidden"].keys() == moving["masked_mse"].keys()
+    )
+    with Image.open(tmp_path / "s.png") as picture, Image.open(tmp_path / "s.gif") as gif:
+        assert picture.width > 300 and (gif.format, gif.n_frames) == ("GIF", 15)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("run", "what"), [("mae", "pretrain"), ("scratch", "finetune"), ("runs/probe-mae-1", "probe")])
@@ -311,6 +332,13 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         ("reconstruct mae --mask-ratio nan", "--mask-ratio must lie between 0 and 1, got nan"),
         ("reconstruct mae --mask-ratio 0.5 0.96", "--mask-ratio 0.96 leaves no patch to see: the image has 16 patches"),
         ("reconstruct mae --out a.jpg", "--out a.jpg: the picture is a PNG; give a name that ends in .png"),
+        ("reconstruct mae --out a.gif", "--out a.gif: only --sweep makes an animation; give a name that ends in .png"),
+        ("reconstruct mae --sweep --out a.jpg", "--out a.jpg: the picture is a PNG; give a name that ends in .png (or"),
+        ("reconstruct mae --sweep --mask-ratio 0.5", "--mask-ratio, --mask-file and --sweep exclude each other"),
+        ("reconstruct mae --mask-kind grid --mask-file x.png", "--mask-kind and --mask-file exclude each other"),
+        ("reconstruct mae --mask-file nowhere", "cannot read the mask nowhere: No such file or directory"),
+        ("reconstruct mae --mask-file DIGITS/3", "cannot read the mask DIGITS/3: Is a directory"),
+        ("reconstruct mae --mask-kind blocks", "invalid choice 'blocks' for argument '--mask-kind'"),
         ("info nowhere", "no run folder or checkpoint at nowhere"),
         ("info said", "said holds no checkpoint"),
     ],

@@ -276,6 +276,46 @@ def read_all(inputs: Iterable[str | Path], size: tuple[int, int], channels: int)
     return torch.stack(images)
 
 
+def read_mask(path: Path, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """A mask that someone drew: an image whose dark parts, or a text of 0 and 1 whose 1s, are to be hidden.
+
+    Args:
+        path: the file, with a cell for each patch or for each pixel; of a patch the larger part decides.
+        grid: rows and columns of patches.
+        size: height and width in pixels.
+
+    Returns:
+        float32 (L,), 1 = hidden.
+
+    Raises:
+        UsageError: if it is neither, has another size, or hides nothing or everything.
+    """
+    try:
+        content = path.read_bytes() if path.stat().st_size < 2**20 else b""  # a text of cells is small
+        if content and not content.strip(b"01 ,;\t\r\n"):
+            lines = [[int(cell) for cell in line if cell in "01"] for line in content.decode().splitlines()]
+            lines = [line for line in lines if line]
+            if len({len(line) for line in lines}) != 1:
+                raise ValueError("its lines have no cells or different numbers of them")
+            dark = np.array(lines, np.float32)
+        else:
+            with warnings.catch_warnings(), Image.open(path, formats=_FORMATS) as opened:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                dark = 1 - np.asarray(to_eight_bits(ImageOps.exif_transpose(opened), 1), np.float32) / 255
+    except Exception as error:
+        raise UsageError(f"cannot read the mask {path}: {_reason(error, path)}") from error
+    if dark.shape not in (grid, size):
+        raise UsageError(
+            f"the mask {path} has {dark.shape[0]} x {dark.shape[1]} cells; it needs {grid[0]} x {grid[1]}, one for each"
+            f" patch, or {size[0]} x {size[1]}, one for each pixel"
+        )
+    cells = dark.reshape(grid[0], dark.shape[0] // grid[0], grid[1], dark.shape[1] // grid[1]).mean(axis=(1, 3))
+    mask = torch.from_numpy((cells > 0.5).astype(np.float32)).flatten()
+    if not 0 < int(mask.sum()) < len(mask):
+        raise UsageError(f"the mask {path} hides {'every patch' if mask.any() else 'no patch'}")
+    return mask
+
+
 def _read_header(path: Path) -> _Header:
     with Image.open(path, formats=_FORMATS) as image:
         width, height = image.size

@@ -17,6 +17,7 @@ from maelab.inference import (
     count_parameters,
     extract_features,
     knn_accuracy,
+    make_mask,
     masked_mse,
     reconstruct_images,
 )
@@ -145,7 +146,8 @@ def pretrain(
         }
         if engine.is_global_zero:
             shown = scale(some(val_set, PICTURED, config.split_seed).images)
-            masked, rebuilt, error = reconstruct_images(model, shown, config.mask_ratio, config.seed)
+            mask = make_mask("random", model.grid_size, len(shown), config.mask_ratio, config.seed)
+            masked, rebuilt, error = reconstruct_images(model, shown, mask)
             group = (caption(model, config.mask_ratio, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
             figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))

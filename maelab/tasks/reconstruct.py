@@ -1,6 +1,6 @@
 """Pictures of what a masked autoencoder sees, and what it makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,23 @@ import torch
 from maelab import figures
 from maelab.config import RunOptions
 from maelab.data.batches import scale
-from maelab.data.folder import read_all
+from maelab.data.folder import read_all, read_mask
 from maelab.errors import UsageError
-from maelab.inference import caption, check_masking, reconstruct_images
+from maelab.inference import (
+    MaskKind,
+    caption,
+    check_masking,
+    hidden_count,
+    hide_first,
+    hiding_order,
+    reconstruct_images,
+    visible_mean_mse,
+)
 from maelab.model import MaskedAutoencoderViT
 from maelab.training.checkpoint import load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
+
+FRAMES = 60
 
 
 def reconstruct(
@@ -22,6 +33,9 @@ def reconstruct(
     images: Sequence[str | Path] = (),
     *,
     mask_ratios: Sequence[float] | None = None,
+    mask_kind: MaskKind = "random",
+    mask_file: Path | None = None,
+    sweep: bool = False,
     count: int = 8,
     seed: int = 0,
     out: Path,
@@ -31,15 +45,21 @@ def reconstruct(
 
     Args:
         run: run folder or checkpoint of a masked autoencoder.
-        images: image files; none takes test images of the data set that the model was trained on.
+        images: image files, folders or globs; none takes test images of the data set that the model was trained on.
         mask_ratios: one group of rows for each; None is the ratio of training.
+        mask_kind: 'random'; 'block': one block for each image; 'grid': the regular pattern nearest to the ratio.
+        mask_file: an image or text that says what to hide, instead; see `maelab.data.folder.read_mask`.
+        sweep: draw the ratios 0.1 to 0.9 instead, or an animation in which patches vanish one after the other, each
+            mask within the next.
         count: how many images of the data set.
         seed: chooses images and masks.
-        out: PNG to write.
+        out: PNG to write; an animation is a GIF.
         options: where to run.
 
     Returns:
-        {"run", "out", "images", "masked_mse": {ratio: error over the hidden pixels of the images shown}}.
+        {"run", "out", "images", "patches"} and by ratio "masked_mse" (error over the hidden pixels of the images
+        shown), "visible_mean_mse" (that of the mean of each image's visible pixels) and "hidden" (patches). The ratio
+        is the one asked for, or for a grid, a file and an animation the one that results.
 
     Raises:
         UsageError, RunError: if the run or an image cannot be read, or a ratio hides nothing or everything.
@@ -53,22 +73,61 @@ def reconstruct(
         check_masking(model.num_patches, ratio)
     if count < 1:
         raise UsageError(f"--count must be at least 1, got {count}")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    if sum((mask_ratios is not None, mask_file is not None, sweep)) > 1:
+        raise UsageError("--mask-ratio, --mask-file and --sweep exclude each other")
+    if mask_file is not None and mask_kind != "random":
+        raise UsageError("--mask-kind and --mask-file exclude each other")
+    animated = out.suffix.lower() == ".gif"
+    if animated and not sweep:
+        raise UsageError(f"--out {out}: only --sweep makes an animation; give a name that ends in .png")
+    if out.suffix.lower() != ".png" and not animated:
+        also = " (or in .gif, for an animation)" * sweep
+        raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png{also}")
+    grid, total = model.grid_size, model.num_patches
+    drawn = read_mask(mask_file, grid, model.img_size) if mask_file is not None else None
     if images:
         shown = read_all(images, model.img_size, model.in_chans)
     else:
         data = load_matching_data(spec, None, options.data_dir)
         pool = (data.test or data.train).images
         shown = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
+
+    if drawn is not None:
+        masks = {round(float(drawn.mean()), 4): drawn.expand(len(shown), -1)}
+    else:
+        order = hiding_order(mask_kind, grid, len(shown), seed)
+        if animated:
+            steps = min(FRAMES, total - 1)
+            asked = {count / total: count for count in torch.linspace(1, total - 1, steps).round().int().tolist()}
+        else:
+            ratios = [tenths / 10 for tenths in range(1, 10)] if sweep else ratios
+            asked = {ratio: hidden_count(mask_kind, grid, ratio) for ratio in ratios}
+        exact = animated or mask_kind == "grid"
+        masks = {
+            round(hidden / total, 4) if exact else ratio: hide_first(order, hidden)
+            for ratio, hidden in asked.items()
+            if 0 < hidden < total  # of a sweep over few patches
+        }
     engine = start_engine(options)
     prepare(model.to(engine.device), engine, options)
-    groups, errors = [], {}
-    for ratio in ratios:
-        with engine.autocast():
-            x = scale(shown.to(engine.device))
-            masked, rebuilt, error = reconstruct_images(model, x, ratio, seed)
-        errors[ratio] = error
-        groups.append((caption(model, ratio, error), x.cpu(), masked.cpu(), rebuilt.cpu()))
-    figures.reconstructions(out, groups)
-    return {"run": str(run), "out": str(out), "images": len(shown), "masked_mse": errors}
+    result: dict[str, Any] = {"run": str(run), "out": str(out), "images": len(shown), "patches": total}
+    result |= {"masked_mse": {}, "visible_mean_mse": {}, "hidden": {}}
+    x = scale(shown.to(engine.device))
+
+    def groups() -> Iterator[tuple[str, Any, Any, Any]]:
+        for ratio, mask in masks.items():
+            with engine.autocast():
+                masked, rebuilt, error = reconstruct_images(model, x, mask)
+            mean = visible_mean_mse(model, x, mask)
+            found = {"masked_mse": error, "visible_mean_mse": mean, "hidden": int(mask[0].sum())}
+            for name, value in found.items():
+                result[name][ratio] = value
+            yield caption(model, ratio, error, mean), x.cpu(), masked.cpu(), rebuilt.cpu()
+
+    if animated:
+        figures.animation(out, groups())
+    elif sweep:
+        figures.ratio_sweep(out, list(groups()), result["masked_mse"], result["visible_mean_mse"])
+    else:
+        figures.reconstructions(out, list(groups()))
+    return result
