@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from maelab.data import ImageSet as ImageSet
     from maelab.data import load as load_data  # noqa: F401
     from maelab.errors import MaelabError as MaelabError
+    from maelab.inference import attention_maps as attention_maps
     from maelab.inference import class_probabilities as class_probabilities
     from maelab.inference import extract_features as extract_features
     from maelab.model import MaskedAutoencoderViT as MaskedAutoencoderViT
     from maelab.model import VisionTransformer as VisionTransformer
+    from maelab.tasks.attention import attention as attention
     from maelab.tasks.evaluate import evaluate as evaluate
+    from maelab.tasks.features import features as features
     from maelab.tasks.finetune import finetune as finetune
     from maelab.tasks.predict import predict as predict
     from maelab.tasks.pretrain import pretrain as pretrain
@@ -37,9 +40,12 @@ _HOME = {
     "ProbeConfig": ("maelab.config", "ProbeConfig"),
     "RunOptions": ("maelab.config", "RunOptions"),
     "VisionTransformer": ("maelab.model", "VisionTransformer"),
+    "attention": ("maelab.tasks.attention", "attention"),
+    "attention_maps": ("maelab.inference", "attention_maps"),
     "class_probabilities": ("maelab.inference", "class_probabilities"),
     "evaluate": ("maelab.tasks.evaluate", "evaluate"),
     "extract_features": ("maelab.inference", "extract_features"),
+    "features": ("maelab.tasks.features", "features"),
     "finetune": ("maelab.tasks.finetune", "finetune"),
     "load_data": ("maelab.data", "load"),
     "load_model": ("maelab.training.checkpoint", "load_model"),

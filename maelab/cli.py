@@ -290,6 +290,67 @@ def reconstruct(arguments: list[str]) -> None:
     _print(args.output, result, "\n".join([*lines, result["out"]]))
 
 
+def attention(arguments: list[str]) -> None:
+    """draw where a model looks: maelab attention RUN [IMAGE...]"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint of a classifier or a masked autoencoder"""
+        images: Positional[tuple[Path, ...]] = ()
+        """image files, folders, globs; none takes test images of the data it was trained on"""
+        count: int = 8
+        """how many images of the data set"""
+        seed: int = 0
+        """chooses images"""
+        out: Path = Path("attention.png")
+        """picture to write"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "attention")
+    from maelab.tasks.attention import attention
+
+    options = RunOptions(**vars(args.options))
+    result = attention(args.run, args.images, count=args.count, seed=args.seed, out=args.out, options=options)
+    _print(args.output, result, f"attention of {result['of']}, over {result['images']} images\n{result['out']}")
+
+
+def features(arguments: list[str]) -> None:
+    """write features of images for other tools: maelab features RUN IMAGE... --out FILE.npz"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint of a classifier or a masked autoencoder"""
+        images: Positional[tuple[str, ...]] = ()
+        """files, folders, globs, or - for paths from stdin; none takes --data"""
+        data: str | None = None
+        """data set; None is the one it was trained on"""
+        split: Literal["train", "val", "test"] = "test"
+        """which images of it"""
+        pool: Literal["token", "avg"] = "avg"
+        """the class token, or the mean of the patch tokens"""
+        out: Path = Path("features.npz")
+        """file to write: .npz, or .parquet where pyarrow is installed"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "features")
+    from maelab.tasks.features import features
+
+    result = features(
+        args.run,
+        _with_stdin(args.images) if args.images else (),
+        data=args.data,
+        split=args.split,
+        pool=args.pool,
+        out=args.out,
+        options=RunOptions(**vars(args.options)),
+    )
+    _print(args.output, result, f"{result['images']} images, {result['dim']} features each\n{result['out']}")
+
+
 def predict(arguments: list[str]) -> None:
     """classify images with a fine-tuned model: maelab predict RUN IMAGE..."""
 
@@ -573,6 +634,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "reconstruct": reconstruct,
+    "attention": attention,
+    "features": features,
     "sweep": sweep,
     "runs": runs,
     "info": info,

@@ -71,13 +71,34 @@ def _mosaic(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, list[float], lis
     return canvas, rows_at, [c * (width + gap) + (width - 1) / 2 for c in range(columns)]
 
 
+def overlay(images: Any, heat: Any) -> np.ndarray:
+    """Images in grey below colours that tell how much attention each patch gets, from none to the most of its image.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        heat: (N, rows, columns), not negative.
+
+    Returns:
+        (N, 3, H, W) in [-1, 1].
+    """
+    pictures = []
+    for image, values in zip(images, np.asarray(heat), strict=True):
+        grey = to_picture(image).mean(axis=2, keepdims=True)  # (H, W, 1)
+        large = np.kron(
+            values / values.max(), np.ones([a // b for a, b in zip(grey.shape, values.shape, strict=False)])
+        )
+        colours = matplotlib.colormaps["inferno"](large)[:, :, :3]
+        pictures.append((0.35 * grey + 0.65 * colours).transpose(2, 0, 1) * 2 - 1)
+    return np.stack(pictures)
+
+
 def reconstructions(
     file: Path,
     groups: Sequence[tuple[str, Any, Any, Any]],
     names: Sequence[str] = ("original", "masked", "rebuilt"),
     columns: Sequence[str] = (),
 ) -> None:
-    """Rows of original, masked and rebuilt images, a group of three rows after the other.
+    """Rows of original, masked and rebuilt images, or others, a group of three rows after the other.
 
     Args:
         file: PNG to write.

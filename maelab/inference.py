@@ -11,6 +11,7 @@ from maelab.data.batches import eval_batches
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
 from maelab.model.mae import NORM_PIX_EPS
+from maelab.model.vit import Block
 
 EVAL_BATCH = 512
 MaskKind = Literal["random", "block", "grid"]
@@ -113,6 +114,54 @@ def extract_features(model: VisionTransformer, data: ImageSet, pool: Literal["to
         raise ValueError("this encoder has no class token; use pool='avg'")
     model.eval()
     return torch.cat([model.pool(model.forward_features(x), pool).float() for x, _ in eval_batches(data, EVAL_BATCH)])
+
+
+@torch.no_grad()
+def attention_maps(model: VisionTransformer, imgs: torch.Tensor) -> torch.Tensor:
+    """What every token attends to in every block of the encoder, unmasked: softmax(q k^T / sqrt(d)).
+
+    Args:
+        model: a classifier or a masked autoencoder; it is put in evaluation mode.
+        imgs: (B, C, H, W) in [-1, 1].
+
+    Returns:
+        (depth, B, heads, L, L) float32, L = prefix + patches; a row belongs to the token that attends, and sums to 1.
+    """
+    maps, x = [], model.eval().embed(model.to_patches(imgs))
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        qkv = block.attn.qkv(block.norm1(x)).float().unflatten(2, (3, block.attn.num_heads, -1))  # (B, L, 3, heads, d)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+        maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1))
+        x = block(x)
+    return torch.stack(maps)
+
+
+def attention_rollout(maps: torch.Tensor) -> torch.Tensor:
+    """How much of each token of the input reaches each token of the output, if attention were all there is (Abnar and
+    Zuidema 2020, arXiv 2005.00928, section 3): heads averaged, the identity added for the residual connection, rows
+    made to sum to 1 again, and the layers multiplied.
+
+    Args:
+        maps: (depth, B, heads, L, L) of `attention_maps`.
+
+    Returns:
+        (B, L, L); a row belongs to the token of the output, and sums to 1.
+    """
+    maps = maps.mean(dim=2) + torch.eye(maps.shape[-1], device=maps.device)  # (depth, B, L, L)
+    maps = maps / maps.sum(dim=-1, keepdim=True)
+    rolled = maps[0]
+    for layer in maps[1:]:
+        rolled = layer @ rolled
+    return rolled
+
+
+def attention_to_patches(model: VisionTransformer, attention: torch.Tensor) -> torch.Tensor:
+    """Attention (B, L, L) as a picture, (B, rows, columns): that of the class token where the model's features are
+    taken from it; otherwise what each patch receives from all patches, whose mean is taken then."""
+    prefix = model.num_prefix_tokens
+    rows = attention[:, :1] if model.global_pool == "token" else attention[:, prefix:]
+    return rows.mean(dim=1)[:, prefix:].unflatten(1, model.grid_size)
 
 
 def knn_accuracy(

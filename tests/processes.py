@@ -169,7 +169,7 @@ def _serve() -> None:
 
     from maelab import figures
     from maelab.cli import main
-    from maelab.tasks import evaluate, predict, probe, reconstruct  # noqa: F401
+    from maelab.tasks import attention, evaluate, features, predict, probe, reconstruct  # noqa: F401
 
     draw_little()
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:

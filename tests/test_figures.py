@@ -183,3 +183,12 @@ def test_a_figure_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monke
         figures.curves(file, [*rows, {"epoch": 2, "split": "train", "loss": 0.5}])
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+
+
+def test_an_overlay_is_bright_where_attention_is():
+    heat = np.array([[[0.0, 1.0, 2.0], [4.0, 0.0, 0.0]]])
+    shown = figures.overlay(np.zeros((1, 1, 8, 12)), heat)
+    assert shown.shape == (1, 3, 8, 12) and shown.min() >= -1 and shown.max() <= 1
+    light = shown[0].mean(axis=0)
+    patches = light.reshape(2, 4, 3, 4).transpose(0, 2, 1, 3).reshape(6, 16)
+    assert np.ptp(patches, axis=1).max() < 1e-6 and list(np.argsort(patches[:, 0])[-3:]) == [1, 2, 3]

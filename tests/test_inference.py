@@ -10,6 +10,9 @@ from maelab import inference
 from maelab.data import Dataset, ImageSet
 from maelab.data.batches import scale
 from maelab.inference import (
+    attention_maps,
+    attention_rollout,
+    attention_to_patches,
     class_probabilities,
     classification_scores,
     count_parameters,
@@ -291,7 +294,7 @@ def test_grids_are_regular():
     assert torch.equal(by_ratio[0.5], ((rows + columns) % 2 == 0).float())  # a chess board
     assert torch.equal(by_ratio[0.3], ((rows % 2 == 0) & (columns % 2 == 0)).float())  # one of every 2 x 2
     assert torch.equal(by_ratio[0.7], 1 - ((rows % 2 == 1) & (columns % 2 == 0)).float())  # all but one
-    assert inference.hidden_count("grid", (7, 7), 0.75) == 37
+    assert inference.hidden_count("grid", (7, 7), 0.75) == 37 and inference.hidden_count("grid", (8, 8), 0.1) == 8
 
 
 def test_the_mean_of_the_visible_pixels(cifar_small):
@@ -330,3 +333,59 @@ def test_scores_equal_a_naive_loop():
 def test_a_certain_and_wrong_answer_costs_much_but_not_infinity():
     scores = classification_scores(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     assert scores["accuracy"] == 0 and 20 < scores["loss"] < 30
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@torch.no_grad()
+def test_attention_maps_are_those_that_the_blocks_use(mnist_small, class_token):
+    model = classifier(class_token=class_token, global_pool="avg", drop_path_rate=0.5)
+    for parameter in model.parameters():  # far from uniform attention
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    images = scale(first(mnist_small, 3).images)
+    maps = attention_maps(model.train(), images)
+    tokens = 16 + class_token
+    assert maps.shape == (2, 3, 2, tokens, tokens) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 2, tokens))
+    assert maps.std() > 0.01
+    x = model.embed(patchify(images, 7))
+    for block, weights in zip(model.blocks, maps, strict=True):
+        block: Any
+        before, y = x, block.norm1(x)
+        q, k, v = (
+            y @ w.T + b for w, b in zip(block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
+        )
+        heads = []
+        for h in range(2):  # of width 8
+            part = slice(8 * h, 8 * h + 8)
+            for image in range(3):
+                for i in range(tokens):
+                    score = [float(q[image, i, part] @ k[image, j, part]) / math.sqrt(8) for j in range(tokens)]
+                    total = sum(math.exp(s) for s in score)
+                    expected = torch.tensor([math.exp(s) / total for s in score])
+                    torch.testing.assert_close(weights[image, h, i], expected, rtol=1e-4, atol=1e-6)
+            heads.append(weights[:, h] @ v[:, :, part])
+        after = before + block.attn.proj(torch.cat(heads, dim=2))
+        x = after + block.mlp(block.norm2(after))
+        torch.testing.assert_close(x, block(before), rtol=1e-4, atol=1e-4)
+
+
+def test_rollout_multiplies_layer_after_layer():
+    """Of two layers: the second mixes what the first has mixed."""
+    maps = torch.rand(3, 2, 4, 5, 5).softmax(dim=-1)
+    rolled = attention_rollout(maps)
+    torch.testing.assert_close(rolled.sum(dim=-1), torch.ones(2, 5))
+    for b in range(2):
+        expected = torch.eye(5)
+        for layer in maps[:, b]:
+            expected = (0.5 * layer.mean(dim=0) + 0.5 * torch.eye(5)) @ expected
+        torch.testing.assert_close(rolled[b], expected)
+
+
+def test_attention_is_that_of_the_class_token_only_where_it_is_read():
+    attention = torch.rand(2, 17, 17)
+    by_token = attention_to_patches(classifier(global_pool="token"), attention)
+    assert torch.equal(by_token, attention[:, 0, 1:].reshape(2, 4, 4))
+    by_patches = attention_to_patches(classifier(global_pool="avg"), attention)
+    torch.testing.assert_close(by_patches, attention[:, 1:, 1:].mean(dim=1).reshape(2, 4, 4))
+    none = attention_to_patches(classifier(global_pool="avg", class_token=False), attention[:, 1:, 1:])
+    torch.testing.assert_close(none, by_patches)

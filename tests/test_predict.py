@@ -1,23 +1,28 @@
-"""Predicting image files: real PNG and JPEG files, real processes, a tiny model with random weights."""
+"""Prediction, attention and features: real PNG and JPEG files, real processes, a tiny model with random weights."""
 
 import csv
 import io
 import itertools
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from processes import Maelab
 
 from maelab.config import RunOptions
-from maelab.data import load
+from maelab.data import ImageSet, load
 from maelab.errors import RunError, UsageError
-from maelab.inference import class_probabilities
+from maelab.inference import class_probabilities, extract_features
+from maelab.tasks.features import features as write_features
 from maelab.tasks.predict import predict
-from maelab.training.checkpoint import ModelSpec, save_model
+from maelab.training.checkpoint import ModelSpec, load_model, save_model
 
 CPU = ("--threads", 1, "--kernels", "torch")
 SHAPE: dict[str, Any] = {
@@ -63,8 +68,6 @@ DIGITS = [f"digits/{i}.png" for i in range(5)] + ["digits/sub/5.png"]
 
 def test_images_are_prepared_as_in_training(work, tmp_path, monkeypatch):
     """Upright, scaled, cropped and grey, exactly as the loader of folders does it."""
-    from maelab.training.checkpoint import load_model
-
     monkeypatch.chdir(work)
     for i, name in enumerate(files := ["photo.jpg", *DIGITS[:3]]):
         (tmp_path / f"{i}{Path(name).suffix}").symlink_to(work / name)
@@ -173,3 +176,88 @@ def test_a_gallery_that_cannot_be_drawn_and_a_model_that_cannot_predict(work, mo
         list(predict("classifier", "digits", gallery=Path("photo.jpg/g.png"), options=options()))
     with pytest.raises(UsageError, match="mae is an autoencoder"):
         predict("mae", "digits", options=options())  # at once, not when the first result is asked for
+
+
+# --- attention and features -----------------------------------------------------------------------------------------
+
+
+def test_attention(work, maelab: Maelab, tmp_path):
+    line = ("attention", "classifier", "digits", "photo.jpg", "--out", tmp_path / "a.png")
+    result = maelab.run(*line, "--json", *CPU, cwd=work).json()
+    predicted = [entry["label"] for entry in predict(work / "classifier", work / "digits", options=options())]
+    assert result["labels"][:6] == predicted and (result["images"], result["of"]) == (7, "the class token")
+    ended = maelab.run("attention", "mae", "digits/0.png", "--out", tmp_path / "b.png", *CPU, cwd=work)
+    assert ended.out == f"attention of the class token, over 1 images\n{tmp_path / 'b.png'}\n"
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and picture.height > 100
+
+
+def test_features_of_files(work, maelab: Maelab, tmp_path):
+    line = ("features", "mae", "digits", "empty.png", "photo.jpg", "--pool", "token", *CPU, "--json")
+    ended = maelab.run(*line, "--out", tmp_path / "f.npz", cwd=work)
+    assert ended.json().items() >= {"images": 7, "dim": 16, "unreadable": 1}.items()
+    assert ended.err.splitlines() == ["cannot read empty.png: empty"]
+    with np.load(tmp_path / "f.npz") as found:  # no pickle in it
+        assert set(found) == {"features", "path"} and list(found["path"]) == [*DIGITS, "photo.jpg"]
+        features = found["features"]
+    model: Any = load_model(work / "mae")[0]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(work / name)))[None] for name in DIGITS])
+    expected = extract_features(model, ImageSet(pixels, None), "token").numpy()
+    assert features.dtype == np.float32 and features.shape == (7, 16)
+    np.testing.assert_allclose(features[:6], expected, rtol=1e-4, atol=1e-5)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    maelab.run(*line, "--out", tmp_path / "f.parquet", cwd=work).json()
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table["path"].to_pylist() == [*DIGITS, "photo.jpg"]
+    np.testing.assert_allclose(np.array(table["features"].to_pylist()), features, rtol=1e-6)
+
+
+def test_features_of_a_data_set_say_which_images_they_are(work, digits_folder, tmp_path):
+    (work / "run").mkdir(exist_ok=True)
+    config = {"task": "finetune", "val_fraction": 0.2, "split_seed": 5, "limit": 10}
+    (work / "run" / "config.json").write_text(json.dumps(config))
+    if not (work / "run" / "checkpoints").exists():
+        shutil.copytree(work / "classifier", work / "run" / "checkpoints" / "best")
+    data = load(f"folder:{digits_folder}")
+    assert data.test is not None
+    seen = set()
+    parts: tuple[Any, ...] = (("train", data.train), ("val", data.train), ("test", data.test))
+    for split, source in parts:
+        write_features(work / "run", data=data.name, split=split, out=tmp_path / "f.npz", options=options())
+        with np.load(tmp_path / "f.npz") as found:
+            index = torch.from_numpy(found["index"])
+            features = extract_features(load_model(work / "classifier")[0], source[index]).numpy()  # type: ignore[arg-type]
+            np.testing.assert_allclose(found["features"], features, rtol=1e-4, atol=1e-5)
+            assert source.labels is not None and found["label"].tolist() == source.labels[index].tolist()
+            assert tuple(found["class_names"]) == data.class_names
+            seen |= {(source is data.test, i) for i in index.tolist()}
+        assert len(index) == {"train": 216, "val": 54, "test": 30}[split]
+    assert len(seen) == 300, "the parts are disjoint, and together they are everything"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("attention linear digits", "linear is a Linear without attention; name the run that it judged"),
+        ("attention mae digits --out a.gif", "--out a.gif: the picture is a PNG; give a name that ends in .png"),
+        ("attention mae nowhere.png", "cannot read the image nowhere.png: No such file or directory"),
+        ("features linear digits", "linear is a linear probe; name the run that it judged"),
+        ("features mae digits --out f.csv", "--out f.csv: give a name that ends in .npz or .parquet"),
+        ("features mae digits --data mnist", "give images or --data, not both"),
+        ("features mae --data folder:digits/sub --split val", "--split val needs a run folder: its config.json says"),
+        ("features classifier --data folder:digits/sub", "folder:digits/sub has no test images; use --split val"),
+    ],
+)
+def test_refusals_of_attention_and_features(line, message, work, maelab: Maelab):
+    ended = maelab.run(*line.split(), *CPU, cwd=work)
+    assert ended.status == 2 and ended.error().startswith(message)
+
+
+def test_features_of_nothing_and_parquet_without_pyarrow(work, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="no image could be read"):
+        write_features(work / "mae", [work / "empty.png"], out=tmp_path / "f.npz", options=options())
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"needs pyarrow \(pip install 'maelab\[parquet\]'\); or choose .npz"):
+        write_features(work / "mae", [work / "digits"], out=tmp_path / "f.parquet", options=options())
+    assert not list(tmp_path.iterdir())

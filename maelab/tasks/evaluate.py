@@ -5,26 +5,13 @@ from typing import Any, Literal
 
 import torch
 
-from maelab.config import DataConfig, RunOptions
-from maelab.data import Dataset, ImageSet, training_sets
+from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import read_json
-from maelab.training.checkpoint import load_matching_data, load_model
+from maelab.training.checkpoint import choose_part, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
-
-
-def choose_part(data: Dataset, split: Literal["test", "val"], run_config: dict[str, Any]) -> ImageSet:
-    """The test images, or the validation images as the run itself cut them."""
-    if split == "test":
-        if data.test is None:
-            raise UsageError(f"{data.name} has no test images; use --split val")
-        return data.test
-    if "val_fraction" not in run_config:
-        raise UsageError("--split val needs a run folder: its config.json says which images were held out")
-    cut = {k: run_config[k] for k in ("val_fraction", "split_seed") if k in run_config}
-    return training_sets(data, DataConfig(data=data.name, **cut))[1]
 
 
 def evaluate(

@@ -9,7 +9,7 @@ import torch
 from maelab import figures
 from maelab.config import RunOptions
 from maelab.data.batches import scale
-from maelab.data.folder import read_all, read_mask
+from maelab.data.folder import read_mask
 from maelab.errors import UsageError
 from maelab.inference import (
     MaskKind,
@@ -22,7 +22,7 @@ from maelab.inference import (
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT
-from maelab.training.checkpoint import load_matching_data, load_model
+from maelab.training.checkpoint import images_to_show, load_model
 from maelab.training.parallel import prepare, start_engine
 
 FRAMES = 60
@@ -71,8 +71,6 @@ def reconstruct(
     ratios = list(mask_ratios or (spec.mask_ratio or 0.75,))
     for ratio in ratios:
         check_masking(model.num_patches, ratio)
-    if count < 1:
-        raise UsageError(f"--count must be at least 1, got {count}")
     if sum((mask_ratios is not None, mask_file is not None, sweep)) > 1:
         raise UsageError("--mask-ratio, --mask-file and --sweep exclude each other")
     if mask_file is not None and mask_kind != "random":
@@ -85,12 +83,7 @@ def reconstruct(
         raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png{also}")
     grid, total = model.grid_size, model.num_patches
     drawn = read_mask(mask_file, grid, model.img_size) if mask_file is not None else None
-    if images:
-        shown = read_all(images, model.img_size, model.in_chans)
-    else:
-        data = load_matching_data(spec, None, options.data_dir)
-        pool = (data.test or data.train).images
-        shown = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
+    shown = images_to_show(model, spec, images, count=count, seed=seed, options=options)
 
     if drawn is not None:
         masks = {round(float(drawn.mean()), 4): drawn.expand(len(shown), -1)}

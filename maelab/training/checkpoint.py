@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
-from maelab.data import Dataset, load
+from maelab.config import DataConfig, RunOptions
+from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data.folder import read_all
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import find_checkpoint, read_checkpoint, write_atomically, write_json
@@ -94,6 +97,46 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
             f"{data.name} has images with {data.train.images.shape[1]} channels; the model was trained with {channels}"
         )
     return data
+
+
+def choose_part(data: Dataset, split: Literal["train", "val", "test"], run_config: dict[str, Any]) -> ImageSet:
+    """The test images, or all training or validation images as the run itself told them apart.
+
+    Raises:
+        UsageError: if there are none, or it is no run folder that would know.
+    """
+    if split == "test":
+        if data.test is None:
+            raise UsageError(f"{data.name} has no test images; use --split val")
+        return data.test
+    if "val_fraction" not in run_config:
+        raise UsageError(f"--split {split} needs a run folder: its config.json says which images were held out")
+    cut = {k: run_config[k] for k in ("val_fraction", "split_seed") if k in run_config}
+    return training_sets(data, DataConfig(data=data.name, **cut))[split == "val"]
+
+
+def images_to_show(
+    model: VisionTransformer,
+    spec: ModelSpec,
+    images: Sequence[str | Path],
+    *,
+    count: int,
+    seed: int,
+    options: RunOptions,
+) -> torch.Tensor:
+    """Image files, folders or globs; or if there are none, a seeded choice of the test images of the data set that the
+    model was trained on: uint8 (N, C, H, W).
+
+    Raises:
+        UsageError: if one cannot be read, or the count is not positive.
+    """
+    if count < 1:
+        raise UsageError(f"--count must be at least 1, got {count}")
+    if images:
+        return read_all(images, model.img_size, model.in_chans)
+    data = load_matching_data(spec, None, options.data_dir)
+    pool = (data.test or data.train).images
+    return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def save_training(file: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,124 @@
+"""Features of images, in a file that other tools read."""
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from maelab.config import RunOptions
+from maelab.data import ImageSet
+from maelab.data.folder import read_batches
+from maelab.errors import RunError, UsageError
+from maelab.inference import extract_features
+from maelab.model import VisionTransformer
+from maelab.runs import read_json, write_atomically
+from maelab.training.checkpoint import choose_part, load_matching_data, load_model
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.runlog import say
+
+
+def features(
+    run: str | Path,
+    paths: Iterable[str | Path] = (),
+    *,
+    data: str | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    pool: Literal["token", "avg"] = "avg",
+    out: Path,
+    options: RunOptions | None = None,
+) -> dict[str, Any]:
+    """Write the features of an encoder, unmasked, to a file.
+
+    Args:
+        run: run folder or checkpoint of a classifier or a masked autoencoder.
+        paths: image files, folders or globs; what cannot be read is left out, and named on stderr.
+        data: or a data set; None, where there are no paths either, is the one it was trained on.
+        split: which images of it; 'train' and 'val' as the run told them apart, whatever its --limit.
+        pool: 'token' or 'avg': the class token, or the mean of the patch tokens.
+        out: an .npz file of the arrays features, float32 (N, D); path, or index (place in the training or test images
+            of the data set) and label, int64 (N,); class_names. Or a
+            .parquet file with these columns, and class_names as JSON in the metadata of its schema.
+        options: where to run.
+
+    Returns:
+        {"run", "out", "images", "dim", "unreadable"}.
+
+    Raises:
+        UsageError: if the run cannot be read, or it and the images do not fit; for parquet without pyarrow.
+        RunError: if no image could be read, or the file cannot be written.
+    """
+    options = options or RunOptions()
+    if out.suffix not in (".npz", ".parquet"):
+        raise UsageError(f"--out {out}: give a name that ends in .npz or .parquet")
+    if out.suffix == ".parquet":
+        _pyarrow(out)
+    if paths and data is not None:
+        raise UsageError("give images or --data, not both")
+    model, spec = load_model(run)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{run} is a linear probe; name the run that it judged")
+    if pool == "token" and not model.num_prefix_tokens:
+        raise UsageError(f"{run} has no class token; use --pool avg")
+    engine = start_engine(options, "fp32")
+    prepare(model.to(engine.device), engine, options)
+
+    def extracted(images: torch.Tensor) -> np.ndarray:
+        return extract_features(model, ImageSet(images, None).to(engine.device), pool).cpu().numpy()
+
+    columns: dict[str, np.ndarray] = {}
+    unreadable = 0
+    if paths:
+        parts, read = [np.empty((0, model.embed_dim), np.float32)], []
+        for batch in read_batches(paths, model.img_size, model.in_chans, 256):
+            for path, problem in batch:
+                if isinstance(problem, str):
+                    unreadable += 1
+                    say(f"cannot read {path}: {problem}")
+            good = [(path, image) for path, image in batch if not isinstance(image, str)]
+            if good:
+                read += [path.encode(errors="replace").decode() for path, _ in good]
+                parts.append(extracted(torch.stack([image for _, image in good])))
+        if not read:
+            raise RunError("no image could be read")
+        columns |= {"features": np.concatenate(parts), "path": np.array(read)}
+    else:
+        dataset = load_matching_data(spec, data, options.data_dir)
+        # The same cut, made on the places of the images instead of the images, says which they are.
+        places = {"train": ImageSet(torch.arange(len(dataset.train)), dataset.train.labels)}
+        if dataset.test is not None:
+            places["test"] = ImageSet(torch.arange(len(dataset.test)), dataset.test.labels)
+        numbered = replace(dataset, train=places["train"], test=places.get("test"))
+        part = choose_part(numbered, split, read_json(Path(run) / "config.json"))
+        source = dataset.test if split == "test" else dataset.train
+        assert source is not None
+        columns |= {"features": extracted(source.images[part.images]), "index": part.images.numpy()}
+        if part.labels is not None:
+            columns |= {"label": part.labels.numpy(), "class_names": np.array(dataset.class_names)}
+    n, dim = columns["features"].shape
+    buffer = io.BytesIO()
+    if out.suffix == ".npz":
+        np.savez(buffer, **columns)  # type: ignore[arg-type]
+    else:
+        pyarrow = _pyarrow(out)
+        names = columns.pop("class_names", np.array([])).tolist()
+        flat = pyarrow.array(columns.pop("features").reshape(-1))
+        table = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
+        table |= {name: pyarrow.array(column) for name, column in columns.items()}
+        metadata = {"class_names": json.dumps(names)} if names else None
+        pyarrow.parquet.write_table(pyarrow.table(table, metadata=metadata), buffer)
+    write_atomically(out, buffer.getvalue())
+    return {"run": str(run), "out": str(out), "images": n, "dim": dim, "unreadable": unreadable}
+
+
+def _pyarrow(out: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"--out {out} needs pyarrow (pip install 'maelab[parquet]'); or choose .npz") from None
+    return pyarrow
