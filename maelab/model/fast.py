@@ -28,7 +28,7 @@ CHUNK_ROWS = 260  # tokens that a thread takes through a block at a time
 
 _INTS = ["B", "L", "T", "D", "H", "F", "threads", "rows"]
 _PARAMETERS = ["n1w", "n1b", "qkvb", "projb", "n2w", "n2b", "fc1b", "fc2b", "qkvw", "projw", "fc1w", "fc2w"]
-_POINTERS = ["x", "scale1", "scale2", *_PARAMETERS, "y", "packed", "dy", "dx", "grads", "work"]
+_POINTERS = ["x", "scale1", "scale2", *_PARAMETERS, "y", "packed", "kept", "dy", "dx", "grads", "work"]
 
 
 class _BlockArguments(ctypes.Structure):
@@ -133,7 +133,7 @@ def _workspace(size: int) -> torch.Tensor:
 
 class _RunBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tail, heads, eps, scale1, scale2, *parameters):
+    def forward(ctx, x, tail, heads, eps, keep, scale1, scale2, *parameters):
         library = _load()[0]
         assert library is not None
         B, L, D = x.shape
@@ -143,13 +143,16 @@ class _RunBlock(torch.autograd.Function):
         )
         y = torch.empty(B, tail, D)
         packed = torch.empty(4 * D * D + 2 * D * F, dtype=torch.bfloat16)
+        room = (B * heads * tail + 32) * (-(-L // 32) * 32) + (B * tail + 32) * D  # see Block in kernels.c
+        kept = torch.empty(room, dtype=torch.bfloat16) if keep else None
         tensors = dict(zip(["x", "scale1", "scale2", *_PARAMETERS], [x, scale1, scale2, *parameters], strict=True))
         for name, tensor in tensors.items():
             setattr(arguments, name, None if tensor is None else tensor.data_ptr())
         arguments.y, arguments.packed = y.data_ptr(), packed.data_ptr()
+        arguments.kept = None if kept is None else kept.data_ptr()
         arguments.work = _workspace(library.block_workspace(ctypes.byref(arguments), ctypes.c_int64(0))).data_ptr()
         library.block_forward(ctypes.byref(arguments))
-        ctx.save_for_backward(packed, *tensors.values())
+        ctx.save_for_backward(packed, kept, *tensors.values())
         ctx.arguments = arguments
         return y
 
@@ -158,13 +161,13 @@ class _RunBlock(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         library = _load()[0]
         assert library is not None
-        _packed, x, _, _, *parameters = ctx.saved_tensors
+        _packed, _kept, x, _, _, *parameters = ctx.saved_tensors
         arguments = ctx.arguments
         dy = dy.contiguous()
         dx = torch.empty_like(x)
         D = x.shape[-1]
         sizes = [D if p is None and i != 2 else 3 * D if p is None else p.numel() for i, p in enumerate(parameters)]
-        need = ctx.needs_input_grad[6:]
+        need = ctx.needs_input_grad[7:]
         grads = torch.empty(sum(sizes))
         arguments.dy, arguments.dx, arguments.grads = dy.data_ptr(), dx.data_ptr(), grads.data_ptr()
         arguments.need_weights = any(need)
@@ -174,7 +177,7 @@ class _RunBlock(torch.autograd.Function):
             g.view(p.shape) if n and p is not None else None
             for g, p, n in zip(grads.split(sizes), parameters, need, strict=True)
         ]
-        return dx, None, None, None, None, None, *shaped
+        return dx, None, None, None, None, None, None, *shaped
 
 
 def run(block: "Block", x: torch.Tensor, tail: int | None = None) -> torch.Tensor:
@@ -186,7 +189,7 @@ def run(block: "Block", x: torch.Tensor, tail: int | None = None) -> torch.Tenso
         m.fc1.bias, m.fc2.bias, a.qkv.weight, a.proj.weight, m.fc1.weight, m.fc2.weight,
     ]  # fmt: skip
     tail = x.shape[1] if tail is None else tail
-    return _RunBlock.apply(x.contiguous(), tail, a.num_heads, block.norm1.eps, *scales, *parameters)
+    return _RunBlock.apply(x.contiguous(), tail, a.num_heads, block.norm1.eps, torch.is_grad_enabled(), *scales, *parameters)
 
 
 class Muon(torch.optim.Muon):

@@ -1,9 +1,9 @@
 // One pre-norm Transformer block, forward and backward, in bfloat16 on Intel AMX.
 //
 // A thread takes a few samples at a time (a chunk) through the whole block, so that every activation between the
-// block's input and its output stays in the core's own cache. Nothing but the input is kept for the backward pass,
-// which computes the rest again: that costs less than writing it to memory and reading it back. Matrix products run
-// on 16x16 tiles (bfloat16 factors, float32 sums); norms, softmax, GELU, residuals and reductions are float32.
+// block's input and its output stays in the core's own cache. Only the input and attention's results are kept for the
+// backward pass, which computes the rest again: that costs less than writing it to memory and reading it back. Matrix
+// products run on 16x16 tiles (bfloat16 factors, float32 sums); norms, softmax, GELU, residuals and sums are float32.
 //
 // Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
 
@@ -25,6 +25,7 @@ typedef struct {
     const float *n1w, *n1b, *qkvb, *projb, *n2w, *n2b, *fc1b, *fc2b, *qkvw, *projw, *fc1w, *fc2w;  // qkvb may be NULL
     float *y;           // (B, T, D)
     bf16 *packed;       // (12 D^2 for F = 4 D) weights in tile order, for the forward products
+    bf16 *kept;         // attention's probabilities (B, H, T, L to 32) and results (B, T, D) for the backward pass, or NULL
     const float *dy;    // backward: (B, T, D)
     float *dx, *grads;  // (B, L, D); gradients one after the other, in the order of the parameters above
     char *work;
@@ -43,38 +44,50 @@ INLINE __m512 from_bf16(const bf16 *p) {
 INLINE __m512i two_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 INLINE void to_bf16(bf16 *p, __m512 v) { _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
-INLINE __m512 exp2_(__m512 x) {  // 2^x, relative error 2e-6
-    __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.3333558e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+INLINE __m512 exp2_(__m512 x) {  // 2^x, relative error 3e-6
+    __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(9.57002e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.591780e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4024746e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9312182e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.9999926e-1f));
     return _mm512_scalef_ps(p, n);
 }
 
-// gelu(x) = x Phi(x) and its slope, as 1/2 plus odd polynomials (least largest error on [-4, 4], constant beyond): off by
-// at most 1.9e-4 and 2.6e-4 inside, where bfloat16 rounds numbers near one to 2e-3.
-INLINE void odd_polynomial(__m512 out[4], const __m512 x[4], const __m512 square[4], const float *c, int degree) {
-    for (int j = 0; j < 4; j++) out[j] = _mm512_set1_ps(c[degree]);
-    for (int i = degree - 1; i >= 0; i--)
-        for (int j = 0; j < 4; j++) out[j] = _mm512_fmadd_ps(out[j], square[j], _mm512_set1_ps(c[i]));
-    for (int j = 0; j < 4; j++) out[j] = _mm512_fmadd_ps(out[j], x[j], _mm512_set1_ps(0.5f));
+// gelu(x) = x Phi(x): Phi and gelu's slope as quadratics on 32 pieces of [-4, 3.87], constant beyond. Off by at
+// most 1.3e-4 and 5e-4, where bfloat16 rounds numbers near one to 2e-3. One permutation looks up 16 numbers of a table.
+static float cdf[3][32] __attribute__((aligned(64))), derivative[3][32] __attribute__((aligned(64)));
+
+static void make_tables(void) {  // each quadratic meets its function in the three Chebyshev points of the piece
+    for (int i = 0; i < 32; i++) {
+        double x[3], c[2][3];
+        for (int j = 0; j < 3; j++) {
+            x[j] = (i - 16 + cos(M_PI * (2 * j + 1) / 6) / 2) / 4;
+            c[0][j] = 0.5 + 0.5 * erf(x[j] * M_SQRT1_2);
+            c[1][j] = c[0][j] + x[j] * exp(-x[j] * x[j] / 2) / sqrt(2 * M_PI);
+        }
+        for (int f = 0; f < 2; f++) {  // Newton's form, then by powers
+            double a = (c[f][1] - c[f][0]) / (x[1] - x[0]);
+            double b = ((c[f][2] - c[f][1]) / (x[2] - x[1]) - a) / (x[2] - x[0]);
+            float(*table)[32] = f ? derivative : cdf;
+            table[2][i] = b, table[1][i] = a - b * (x[0] + x[1]), table[0][i] = c[f][0] - x[0] * (a - b * x[1]);
+        }
+    }
 }
-INLINE void gelu(__m512 v[4], __m512 *slope) {  // four at a time hide the latency of the chains
-    static const float cdf[] = {3.978832904e-01f, -6.457302676e-02f, 8.772349297e-03f, -8.140072728e-04f,
-                                4.795465839e-05f, -1.598558301e-06f, 2.278056741e-08f};
-    static const float derivative[] = {7.967215746e-01f, -2.620296601e-01f, 5.591468094e-02f, -7.687392433e-03f,
-                                       6.876369649e-04f, -3.845880047e-05f, 1.213770806e-06f, -1.641914382e-08f};
-    __m512 x[4], square[4], p[4];
+INLINE __m512 quadratic(const float table[3][32], __m512i piece, __m512 x) {
+    __m512 c[3];
+    for (int i = 0; i < 3; i++)
+        c[i] = _mm512_permutex2var_ps(_mm512_load_ps(table[i]), piece, _mm512_load_ps(table[i] + 16));
+    return _mm512_fmadd_ps(_mm512_fmadd_ps(c[2], x, c[1]), x, c[0]);
+}
+INLINE void gelu(__m512 v[4], __m512 *slope) {
     for (int j = 0; j < 4; j++) {
         v[j] = _mm512_max_ps(v[j], _mm512_set1_ps(-4.0f));
-        x[j] = _mm512_min_ps(v[j], _mm512_set1_ps(4.0f));
-        square[j] = _mm512_mul_ps(x[j], x[j]);
+        __m512 x = _mm512_min_ps(v[j], _mm512_set1_ps(3.87f));
+        // Adding 1.5 * 2^23 rounds to whole numbers, in the lowest bits.
+        __m512i piece = (__m512i)_mm512_fmadd_ps(x, _mm512_set1_ps(4.0f), _mm512_set1_ps(12582912.0f + 16.0f));
+        v[j] = _mm512_mul_ps(v[j], quadratic(cdf, piece, x));
+        if (slope) slope[j] = quadratic(derivative, piece, x);
     }
-    odd_polynomial(p, x, square, cdf, 6);
-    for (int j = 0; j < 4; j++) v[j] = _mm512_mul_ps(v[j], p[j]);
-    if (slope) odd_polynomial(slope, x, square, derivative, 7);
 }
 
 INLINE void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits
@@ -261,12 +274,13 @@ static void pack_weight(const float *w, long N, long K, bf16 *out, int backward,
 
 // -------------------------------------------------------------------------------------------- products by weights
 
-enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32 };
+enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32, ADD_F32 };
+#define SLICE 192L  // of the MLP's hidden width, taken at a time on the way back: its weights and sums stay in cache
 
 // What becomes of 32 columns of one row of a product, v, at `at` in the result:
 //   STORE       out = v + bias                      GELU       out = gelu(v + bias)
 //   ADD_TO      sum = from + scale (v + bias)       GELU_BOTH  packed = gelu(v + bias), grad = gelu'(v + bias)
-//   STORE_F32   sum = v                             TIMES      grad *= v, packed = grad, sum += sums of columns
+//   STORE_F32   sum = v;  ADD_F32  sum += v         TIMES      grad *= v, packed = grad, sum += sums of columns
 // where `packed` is what pack_right makes of the result.
 typedef struct {
     bf16 *out, *grad, *packed;
@@ -288,7 +302,10 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
     if (kind == GELU_BOTH) gelu(v, slope);
     for (int r = 0; r < 2; r++) {
         __m512 low = v[2 * r], high = v[2 * r + 1];
-        if (kind == STORE_F32) {
+        if (kind == ADD_F32) {
+            _mm512_storeu_ps(f->sum + at[r], _mm512_add_ps(low, _mm512_loadu_ps(f->sum + at[r])));
+            _mm512_storeu_ps(f->sum + at[r] + 16, _mm512_add_ps(high, _mm512_loadu_ps(f->sum + at[r] + 16)));
+        } else if (kind == STORE_F32) {
             _mm512_storeu_ps(f->sum + at[r], low);
             _mm512_storeu_ps(f->sum + at[r] + 16, high);
         } else if (kind == ADD_TO) {
@@ -372,12 +389,13 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
     for (long i = 0; i < 2 * ready_pairs; i += 2) finish_rows(kind, &f, ready + i * 32, ready_m + i, rows, ready_n, N);
 }
 
-// Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB.
-static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, int add) {
+// Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB, `ld` in
+// a row of `out`.
+static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, long ld, int add) {
     long RB = UP(rows, 32) / 32;
-    for (long m = 0; m < M; m += 32)
-        for (long n = 0; n < N; n += 32, out += 1024)
-            tile_mul(2, 2, RB, a + m * RB * 32, RB * 1024, 1024, 64, b + n * RB * 32, RB * 1024, out, 128, add);
+    for (long m = 0; m < M; m += 32, out += ld * 1024)
+        for (long n = 0; n < N; n += 32)
+            tile_mul(2, 2, RB, a + m * RB * 32, RB * 1024, 1024, 64, b + n * RB * 32, RB * 1024, out + n * 32, 128, add);
 }
 
 // Sum the pieces of all parts in order and write them as a row-major matrix (M, N), or (N, M) when transposed.
@@ -458,7 +476,7 @@ INLINE void norm_row_grad(const float *g, const float *x, long D, const float *s
 
 typedef struct {
     long n, R, Q, Lk, Tp, dk;  // samples of a chunk; rows in and out; L to 32, T to 16, head width to 32
-    bf16 *xn1, *qkv, *ao, *xn2, *a, *da, *g, *dqkv, *left, *right, *p, *heads[4];
+    bf16 *xn1, *qkv, *ao, *xn2, *a, *da, *g, *dqkv, *left, *left2, *right, *p, *heads[4];
     float *x1, *dx1, *dxn, *s, *o, *c, *stats1, *stats2, *scale1, *scale2;
     float *vectors, *qkvw, *projw, *fc1w, *fc2w;  // sums of gradients
     long matrices;                                // how many floats the four last hold together
@@ -476,13 +494,16 @@ static size_t layout(const Block *p, Work *w, char *base, int backward) {
     w->Lk = UP(p->L, 32), w->Tp = UP(p->T, 32), w->dk = UP(d, 32);
     long R = UP(w->R, 32) + 32, Q = UP(w->Q, 32) + 32;
 #define TAKE(field, count) (w->field = (void *)(base + used), used += UP((count) * sizeof(*w->field), 64))
+    size_t first = used;
     TAKE(xn1, R * D);
     TAKE(qkv, (R + w->Lk) * 3 * D);  // heads are read in whole tiles, beyond the last row
+    if (!backward && used < first + 2 * Q * F) used = first + UP(2 * Q * F, 64);
     TAKE(ao, (Q + w->Lk) * D);
     TAKE(x1, Q * D);
     TAKE(xn2, Q * D);
-    TAKE(a, Q * F);
-    TAKE(p, (backward ? w->n * p->H : 1) * w->Tp * w->Lk);
+    if (backward) TAKE(a, Q * MIN(SLICE, F));
+    else w->a = (void *)(base + first);  // in place of what is no longer needed then
+    TAKE(p, w->Tp * w->Lk);
     TAKE(s, w->Tp * w->Lk);
     TAKE(o, w->Lk * w->dk);
     TAKE(c, 32 * (D > 64 ? D : 64));
@@ -492,13 +513,14 @@ static size_t layout(const Block *p, Work *w, char *base, int backward) {
     TAKE(scale1, Q);
     TAKE(scale2, Q);
     if (backward) {
-        TAKE(da, Q * F);
+        TAKE(da, Q * MIN(SLICE, F));
         TAKE(g, (Q + w->Lk) * D);
         TAKE(dx1, Q * D);
         TAKE(dxn, R * D);
         TAKE(dqkv, R * 3 * D);
         TAKE(left, R * D);
-        TAKE(right, R * (F > 3 * D ? F : 3 * D));
+        TAKE(left2, Q * D);
+        TAKE(right, R * (3 * D > SLICE ? 3 * D : SLICE));
         TAKE(vectors, vector_count(p));
         TAKE(qkvw, 3 * D * D);
         TAKE(projw, D * D);
@@ -565,43 +587,50 @@ static void write_head(const Work *w, long n, long d, int both, bf16 *out, long 
     }
 }
 
-static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *prob, const bf16 *g,
-                        bf16 *dq, bf16 *dk_, bf16 *dv) {
+static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *prob,
+                        const bf16 *g, bf16 *dq, bf16 *dk_, bf16 *dv) {
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
     long tt = UP(T, 16) / 16, tb = UP(T, 32) / 32;
-    bf16 *turned = w->heads[2], *right = w->heads[3];
+    bf16 *turned = w->heads[2], *right = w->heads[3], *ds = w->p;
     // dv = prob^T g
     pack_left(prob, Lk, T, Lk, turned, 0);
     pack_right(g, D, T, d, right, 0);
     mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
     write_head(w, L, d, 1, dv, ld);
-    // ds = prob (g v^T - sum) / sqrt(d), in place of prob
+    // ds = prob (g v^T - sum) / sqrt(d)
     pack_columns(v, ld, L, d, w->heads[0]);
     mul(tt, lt, dk / 32, g, 32 * D, 64, 2 * D, w->heads[0], w->s, 4 * Lk);
     __m512 scale = _mm512_set1_ps(1.0f / sqrtf(d));
     for (long t = 0; t < T; t++) {
         const float *s = w->s + t * Lk;
-        bf16 *o = prob + t * Lk;
+        const bf16 *from = prob + t * Lk;
+        bf16 *o = ds + t * Lk;
         __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < lt; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(s + i * 16), from_bf16(o + i * 16), sum);
+        for (long i = 0; i < lt; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(s + i * 16), from_bf16(from + i * 16), sum);
         sum = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
         for (long i = 0; i < lt; i++) {
-            __m512 e = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + i * 16), sum), from_bf16(o + i * 16));
+            __m512 e = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + i * 16), sum), from_bf16(from + i * 16));
             to_bf16(o + i * 16, _mm512_mul_ps(e, scale));
         }
+        if (lt * 16 < Lk) _mm256_storeu_si256((void *)(o + lt * 16), _mm256_setzero_si256());
     }
     // dq = ds k
     pack_right(k, ld, L, d, w->heads[1], 0);
-    mul(tt, dk / 16, Lk / 32, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
+    mul(tt, dk / 16, Lk / 32, ds, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
     write_head(w, T, d, 0, dq, ld);
     // dk = ds^T q
-    pack_left(prob, Lk, T, Lk, turned, 0);
+    pack_left(ds, Lk, T, Lk, turned, 0);
     pack_right(q, ld, T, d, right, 0);
     mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
     write_head(w, L, d, 1, dk_, ld);
 }
 
-// Samples [s0, s0 + n) through the block. With `backward`, stop before fc2 and keep gelu's slope.
+INLINE bf16 *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
+INLINE bf16 *kept_ao(const Block *p, const Work *w, long s) {
+    return kept_prob(p, w, p->B) + 32 * w->Lk + s * p->T * p->D;
+}
+
+// Samples [s0, s0 + n) through the block. With `backward`, take attention's results from what is kept; stop before fc1.
 static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
     const bf16 *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
@@ -616,19 +645,17 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
             w->scale2[q] = p->scale2 ? p->scale2[s0 + s] : 1.0f;
         }
     linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
-    for (long s = 0; s < n; s++)
+    bf16 *prob = p->kept ? kept_prob(p, w, s0) : w->p, *ao = p->kept ? kept_ao(p, w, s0) : w->ao;
+    for (long s = 0; s < n && !backward; s++)
         for (long h = 0; h < H; h++) {
             const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
-            attend(p, w, k - D + (L - T) * 3 * D, k, k + D, w->p + (backward ? (s * H + h) * w->Tp * w->Lk : 0),
-                   w->ao + s * T * D + h * d);
+            attend(p, w, k - D + (L - T) * 3 * D, k, k + D, p->kept ? prob + (s * H + h) * T * w->Lk : prob,
+                   ao + s * T * D + h * d);
         }
-    linear(ADD_TO, Q, D, D, w->ao, projw, w->c, (Finish){.sum = w->x1, .from = w->x1, .bias = p->projb, .scale = w->scale1});
+    linear(ADD_TO, Q, D, D, ao, projw, w->c, (Finish){.sum = w->x1, .from = w->x1, .bias = p->projb, .scale = w->scale1});
     for (long q = 0; q < Q; q++)
         norm_row(w->x1 + q * D, D, p->eps, p->n2w, p->n2b, w->xn2 + q * D, w->stats2 + 2 * q);
-    if (backward) {
-        linear(GELU_BOTH, Q, F, D, w->xn2, fc1w, w->c, (Finish){.packed = w->a, .grad = w->da, .bias = p->fc1b});
-        return;
-    }
+    if (backward) return;
     linear(GELU, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .bias = p->fc1b});
     Finish last = {.sum = p->y + s0 * T * D, .from = w->x1, .bias = p->fc2b, .scale = w->scale2};
     linear(ADD_TO, Q, D, F, w->a, fc2w, w->c, last);
@@ -651,37 +678,44 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
     forward_chunk(p, w, s0, n, 1);
 
     scaled(dy, w->scale2, Q, D, w->g);
-    linear(TIMES, Q, F, D, w->g, fc2w, w->c, (Finish){.grad = w->da, .packed = w->right, .sum = fc1b});
     if (p->need_weights) {
         pack_left(w->g, D, Q, D, w->left, fc2b);
-        accumulate(Q, D, F, w->left, w->a, w->fc2w, add);
-        pack_left(w->xn2, D, Q, D, w->left, 0);
-        accumulate(Q, D, F, w->left, w->right, w->fc1w, add);
+        pack_left(w->xn2, D, Q, D, w->left2, 0);
     }
-    linear(STORE_F32, Q, D, F, w->da, fc1w, w->c, (Finish){.sum = w->dxn});
+    for (long f = 0; f < F; f += SLICE) {
+        long N = MIN(SLICE, F - f);
+        Finish both = {.packed = w->a, .grad = w->da, .bias = p->fc1b + f};
+        linear(GELU_BOTH, Q, N, D, w->xn2, p->packed + (4 * D + f) * D, w->c, both);
+        linear(TIMES, Q, N, D, w->g, fc2w + f * D, w->c, (Finish){.grad = w->da, .packed = w->right, .sum = fc1b + f});
+        if (p->need_weights) {
+            accumulate(Q, D, N, w->left, w->a, w->fc2w + f * 32, F / 32, add);
+            accumulate(Q, D, N, w->left2, w->right, w->fc1w + f * 32, F / 32, add);
+        }
+        linear(f ? ADD_F32 : STORE_F32, Q, D, N, w->da, fc1w + f * D, w->c, (Finish){.sum = w->dxn});
+    }
     for (long q = 0; q < Q; q++)
         norm_row_grad(w->dxn + q * D, w->x1 + q * D, D, w->stats2 + 2 * q, p->n2w, n2w, n2b, dy + q * D, w->dx1 + q * D);
 
     scaled(w->dx1, w->scale1, Q, D, w->g);
     if (p->need_weights) {
         pack_left(w->g, D, Q, D, w->left, projb);
-        pack_right(w->ao, D, Q, D, w->right, 0);
-        accumulate(Q, D, D, w->left, w->right, w->projw, add);
+        pack_right(kept_ao(p, w, s0), D, Q, D, w->right, 0);
+        accumulate(Q, D, D, w->left, w->right, w->projw, D / 32, add);
     }
-    linear(STORE, Q, D, D, w->g, projw, w->c, (Finish){.out = w->ao});  // the gradient of ao, in its place
+    linear(STORE, Q, D, D, w->g, projw, w->c, (Finish){.out = w->ao});  // its gradient
     memset(w->ao + Q * D, 0, 32 * sizeof(bf16));  // a head of 16 columns reads so far beyond the last row: 0 * NaN is NaN
     for (long s = 0; s < n; s++)
         for (long h = 0; h < H; h++) {
             const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
             bf16 *dk = w->dqkv + s * L * 3 * D + D + h * d;
             for (long t = 0; t < L - T; t++) memset(dk - D + t * 3 * D, 0, d * sizeof(bf16));
-            attend_grad(p, w, k - D + (L - T) * 3 * D, k, k + D, w->p + (s * H + h) * w->Tp * w->Lk,
+            attend_grad(p, w, k - D + (L - T) * 3 * D, k, k + D, kept_prob(p, w, s0) + (s * H + h) * T * w->Lk,
                         w->ao + s * T * D + h * d, dk - D + (L - T) * 3 * D, dk, dk + D);
         }
     if (p->need_weights) {
         pack_left(w->xn1, D, R, D, w->left, 0);
         pack_right(w->dqkv, 3 * D, R, 3 * D, w->right, qkvb);
-        accumulate(R, D, 3 * D, w->left, w->right, w->qkvw, add);
+        accumulate(R, D, 3 * D, w->left, w->right, w->qkvw, 3 * D / 32, add);
     }
     linear(STORE_F32, R, D, 3 * D, w->dqkv, qkvw, w->c, (Finish){.sum = w->dxn});
     for (long s = 0; s < n; s++)
@@ -697,8 +731,10 @@ static void pack_block(const Block *p, bf16 *out, int backward, long part, long 
     const float *w[] = {p->qkvw, p->projw, p->fc1w, p->fc2w};
     long D = p->D, F = p->F, N[] = {3 * D, D, F, D}, K[] = {D, D, D, F};
     for (int i = 0; i < 4; out += N[i] * K[i], i++) {
-        long groups = (backward ? K[i] : N[i]) / 32;
-        pack_weight(w[i], N[i], K[i], out, backward, groups * part / parts, groups * (part + 1) / parts);
+        long groups = (backward ? K[i] : N[i]) / 32, step = backward && i == 2 ? SLICE : N[i];
+        for (long f = 0; f < N[i]; f += step)
+            pack_weight(w[i] + f * K[i], MIN(step, N[i] - f), K[i], out + f * K[i], backward, groups * part / parts,
+                        groups * (part + 1) / parts);
     }
 }
 
@@ -865,6 +901,7 @@ void muon(const Matrix *all, int64_t count, float momentum, const float *abc, ch
 // Ask the system for the use of tiles; 0 when they are there. Have malloc keep what is freed: otherwise every large
 // tensor of every step is mapped, faulted in page by page and unmapped again.
 int64_t start(void) {
+    make_tables();
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     return syscall(SYS_arch_prctl, 0x1023, 18);
