@@ -602,6 +602,28 @@ def sweep(arguments: list[str]) -> None:
         raise RunError("some cells failed; the same command tries them again")
 
 
+def report(arguments: list[str]) -> None:
+    """build one HTML page from run folders: maelab report DIR..."""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        folders: Positional[tuple[Path, ...]]
+        """run folders, sweeps, or folders that hold such at any depth"""
+        out: Path = Path("report.html")
+        """page to write"""
+        figures: Path | None = None
+        """folder for the page's drawings as PNG"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "report")
+    from maelab.report import report
+
+    if not args.folders:
+        raise UsageError("report needs a folder with runs: maelab report DIR...")
+    result = report(args.folders, out=args.out, figures=args.figures)
+    _print(args.output, result, result["report"])
+
+
 def bench(arguments: list[str]) -> None:
     """measure training speed beside Hugging Face's models and the matrix products alone"""
 
@@ -638,6 +660,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "features": features,
     "sweep": sweep,
     "runs": runs,
+    "report": report,
     "info": info,
     "bench": bench,
 }

@@ -1,0 +1,71 @@
+"""One self-contained page from run folders: nothing is loaded from elsewhere, and no script runs in it."""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from maelab.errors import RunError, UsageError
+from maelab.report.groups import command, load
+from maelab.report.sections import Better, Material, sections
+from maelab.runs import write_atomically
+
+
+def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -> dict[str, Any]:
+    """Build the page.
+
+    Args:
+        folders: run folders, sweeps, or folders that hold such at any depth.
+        out: HTML file to write.
+        figures: folder for the drawings as PNG; None keeps them in the page alone.
+
+    Returns:
+        {"report", "runs", "unfinished", "damaged", "figures"}: the file, how many runs it shows, names of those that are
+        unfinished and of those that were left out, and the PNG files.
+
+    Raises:
+        UsageError: if a folder does not exist or holds no run, or `out` is a folder.
+        RunError: if no run can be read, or the page cannot be written.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the name of a file")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise UsageError(f"--figures {figures} is a file; give the name of a folder")
+    runs, sweeps, problems = load(folders)
+
+    def note(name: str, problem: str) -> None:
+        if (name, problem) not in problems:
+            problems.append((name, problem))
+
+    if not runs:
+        raise RunError(f"no run can be read: {problems[0][1]}")
+    with tempfile.TemporaryDirectory() as place:
+        parts = sections(Material(runs, sweeps, Path(place), note))
+        drawings = [file for file in sorted(Path(place).glob("*.png")) if not file.stem.endswith("-dark")]
+        for file in drawings if figures is not None else []:
+            write_atomically(figures / file.name, file.read_bytes())  # type: ignore[operator]
+    for _, problem in problems:
+        print(f"maelab: left out: {' '.join(problem.split())}", file=sys.stderr)
+    names = [file.name for file in folders]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("maelab.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        tests={"better": lambda cell: isinstance(cell, Better), "numbers": lambda cell: isinstance(cell, tuple)},
+    )
+    page = environment.get_template("page.html.j2").render(
+        sections=parts, runs=runs, commands={run.number: command(run) for run in runs}, problems=problems, names=names
+    )
+    write_atomically(out, page.encode())
+    return {
+        "report": str(out),
+        "runs": len(runs),
+        "unfinished": [run.name for run in runs if not run.result],
+        "damaged": [name for name, _ in problems],
+        "figures": [str(figures / file.name) for file in drawings] if figures is not None else [],
+    }

@@ -1,0 +1,179 @@
+"""The page's drawings, each for light and for dark paper, and the pictures that lie in run folders."""
+
+import base64
+import contextlib
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from maelab.errors import RunError
+from maelab.figures import save_figure
+from maelab.report.groups import Group, mean_sd, number
+
+COLOURS = ("#2f7ed8", "#e07b1a", "#2e9e6b", "#a05cc5", "#d1495b", "#1a9fb0", "#a0763a", "#8a8f98")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+PAPER = {"light": ("#ffffff", "#23272e"), "dark": ("#14171c", "#d6d9de")}  # paper and ink, as in the page's style
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+WIDTH = 5.0  # inches of one panel
+LARGEST_FILE, LARGEST_PICTURE = 64 << 20, 50_000_000  # bytes of a PNG, and pixels, that are read at all
+EMBEDDED, SIDE = 2 << 20, 1600  # bytes beyond which a PNG is scaled down, to so many pixels
+
+
+@contextlib.contextmanager
+def paper(kind: str) -> Iterator[None]:
+    """Draw on 'light' or 'dark' paper."""
+    back, ink = PAPER[kind]
+    colours = {"figure.facecolor": back, "axes.facecolor": back, "savefig.facecolor": back} | dict.fromkeys(INKED, ink)
+    with plt.rc_context({**STYLE, **colours}):
+        yield
+
+
+def drawn(folder: Path, name: str, draw: Callable[..., None], *arguments: Any) -> tuple[Path, Path]:
+    """Call draw(file, *arguments) for light and for dark paper.
+
+    Returns:
+        The files folder/NAME.png and folder/NAME-dark.png.
+    """
+    files = folder / f"{name}.png", folder / f"{name}-dark.png"
+    for file, kind in zip(files, PAPER, strict=True):
+        with paper(kind):
+            draw(file, *arguments)
+    return files
+
+
+def _legend(figure: Any, ax: Any) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        wrapped = [textwrap.fill(label, 64) for label in labels]
+        figure.legend(handles, wrapped, loc="outside lower left", ncols=1, handlelength=1.4)
+
+
+def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label: str) -> None:
+    """A quantity over the epochs: a thin line for each seed, dashed where the run is unfinished, bold for the mean.
+
+    Args:
+        file: PNG to write.
+        groups: one colour each.
+        split: train or val.
+        quantity: of metrics.jsonl.
+        label: title of the panel.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
+    for group, colour in zip(groups, COLOURS, strict=False):
+        by_epoch: dict[int, list[float | None]] = {}
+        for run in group.runs:
+            rows = [row for row in run.metrics if row["split"] == split and number(row, quantity) is not None]
+            epochs, values = [row["epoch"] for row in rows], [number(row, quantity) for row in rows]
+            style = {"linestyle": "-" if run.result else ":", "marker": "." if len(rows) == 1 else None}
+            if rows:
+                ax.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.6, **style)  # type: ignore[arg-type]
+            for epoch, value in zip(epochs, values, strict=True):
+                if run.result:
+                    by_epoch.setdefault(epoch, []).append(value)
+        shared = [(e, v) for e, values in sorted(by_epoch.items()) if (v := mean_sd(values)) and v[2] == len(group.done)]
+        name = f"{group.name} (n = {len(group.done)})" if group.done else f"{group.name} (unfinished)"
+        marker = "o" if len(shared) < 3 else None
+        ax.plot([e for e, _ in shared], [v[0] for _, v in shared], color=colour, linewidth=2.2, label=name, marker=marker)
+    ax.set(title=label, xlabel="epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, ax)
+    save_figure(figure, file)
+
+
+def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) -> None:
+    """One line of the page for each group: small dots for the seeds, a large one for the mean, a bar for its deviation.
+
+    Args:
+        file: PNG to write.
+        rows: (name, values of the seeds).
+        label: what the values are.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH * 1.3, 0.9 + 0.52 * len(rows)), layout="constrained")
+    for y, (name, values) in enumerate(rows):
+        summary = mean_sd(values)
+        assert summary is not None
+        mean, deviation, _ = summary
+        ax.errorbar(mean, y, xerr=deviation or None, fmt="o", color=COLOURS[y % 8], capsize=4, markersize=7, linewidth=2)
+        ax.plot(values, [y] * len(values), "|", color=COLOURS[y % 8], markersize=9, alpha=0.8)
+        ax.annotate(name, (0, y), (2, 7), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
+    ax.set(xlabel=label, yticks=[], ylim=(len(rows) - 0.5, -0.75))
+    ax.grid(axis="x", alpha=0.25)
+    ax.spines["left"].set_visible(False)
+    ax.margins(x=0.12)
+    save_figure(figure, file)
+
+
+def fractions(file: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], label: str) -> None:
+    """Accuracy over the share of the labels, on a logarithmic axis, with a bar for the deviation over seeds.
+
+    Args:
+        file: PNG to write.
+        lines: name -> share of the labels -> values of the seeds.
+        label: title.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH * 1.3, 3.4 + 0.2 * len(lines)), layout="constrained")
+    for (name, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        known = {share: s for share, values in sorted(points.items()) if (s := mean_sd(values))}
+        deviations = [s[1] or 0.0 for s in known.values()]
+        ax.errorbar(
+            list(known), [s[0] for s in known.values()], yerr=deviations,
+            color=colour, marker="o", linewidth=2, capsize=4, label=name,
+        )  # fmt: skip
+    shares = sorted({share for points in lines.values() for share in points})
+    ax.set_xscale("log")
+    ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
+    ax.minorticks_off()
+    ax.set(title=label, xlabel="share of the labels")
+    _legend(figure, ax)
+    save_figure(figure, file)
+
+
+def picture(folder: Path, name: str) -> bytes | None:
+    """A PNG of a run folder, scaled down if it is large; None where there is none.
+
+    Raises:
+        RunError: if it lies outside of the folder, is no PNG, or is too large to read.
+    """
+    file = folder / "figures" / name
+    if not file.is_file():
+        return None
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{file} points outside of its run folder")
+    if file.stat().st_size > LARGEST_FILE:
+        raise RunError(f"{file} is larger than {LARGEST_FILE >> 20} MiB")
+    content = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise RunError(f"{file} has more than {LARGEST_PICTURE} pixels")
+            image.load()
+            if len(content) > EMBEDDED or max(image.size) > 2 * SIDE:
+                small = image.convert("RGB")
+                small.thumbnail((SIDE, SIDE))
+                stream = io.BytesIO()
+                small.save(stream, "PNG", optimize=True)
+                content = stream.getvalue()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"{file} is no PNG that can be read ({error})") from error
+    return content
+
+
+def data_uri(content: bytes) -> str:
+    """The image itself as the address of an image."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

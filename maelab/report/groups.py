@@ -1,0 +1,378 @@
+"""Run folders as data: what each run was, which differ only in their seed, and which may be compared."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maelab import recipes
+from maelab.config import Augment, FinetuneConfig, PretrainConfig, ProbeConfig
+from maelab.errors import RunError, UsageError
+from maelab.runs import find_runs, is_complete, read_json, read_metrics
+
+CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
+MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
+TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+BUDGET = ("data", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
+AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
+GENERIC = {"pretrain", "finetune", "probe", "best", "last", "checkpoints"}  # folder names that many runs share
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read and checked.
+
+    Args:
+        number: on the page, from 1.
+        name: path as shown.
+        folder: where it lies.
+        config: with the defaults of its task filled in.
+        env: env.json. metrics: rows of metrics.jsonl. result: result.json, {} of an unfinished run.
+        in_sweep: whether it is part of a sweep.
+        origin: the run that `init` names, where it was given.
+    """
+
+    number: int
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    in_sweep: bool
+    origin: "Run | None" = None
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]
+
+    @property
+    def data(self) -> str:
+        """What it learned on."""
+        return str(self.result.get("data", "same")) if self.config["data"] == "same" else self.config["data"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed; the name says what sets them apart within their family."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0].config
+
+    @property
+    def done(self) -> list[Run]:
+        """The finished ones, which alone enter means."""
+        return [run for run in self.runs if run.result]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A folder with sweep.json: the cells (settings, judgements or error) and the runs below it."""
+
+    name: str
+    folder: Path
+    content: dict[str, Any]
+    runs: tuple[Run, ...] = field(default=())
+
+
+def number(values: object, *path: str) -> float | None:
+    """The finite number at values[path[0]][path[1]]..., None where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    wrong = isinstance(values, bool) or not isinstance(values, int | float) or not math.isfinite(values)
+    return None if wrong else float(values)  # type: ignore[arg-type]
+
+
+def title(data: str) -> str:
+    """A data set's name as people write it."""
+    return TITLES.get(data, data)
+
+
+def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[str, str]]]:
+    """Every run and sweep at or under the folders.
+
+    Returns:
+        Runs (those of sweeps last), sweeps, and (folder as shown, what is wrong) of the damaged folders.
+
+    Raises:
+        UsageError: if a folder does not exist or holds no run.
+    """
+    found: dict[Path, str] = {}
+    sweeps: dict[Path, str] = {}
+    problems: list[tuple[str, str]] = []
+    for given in folders:
+        names = {run.resolve(): _shown(run, given) for run in find_runs(given)}
+        for place, _, files in os.walk(given):
+            if "sweep.json" in files:
+                sweeps.setdefault(Path(place).resolve(), _shown(Path(place), given))
+            if "config.json" in files and "checkpoints" not in Path(place).parts:
+                try:
+                    read_json(Path(place) / "config.json")
+                except RunError as error:
+                    problems.append((_shown(Path(place), given), str(error)))
+                    names.setdefault(Path(place).resolve(), "")
+        if not names:
+            raise UsageError(f"{given} holds no run folder (looked for config.json, at any depth)")
+        found = {path: name for path, name in names.items() if name} | found
+    runs = []
+    order = sorted(found, key=lambda path: any(sweep in path.parents for sweep in sweeps))  # stable
+    for path in order:
+        try:
+            runs.append(_read(path, found[path], len(runs) + 1, any(sweep in path.parents for sweep in sweeps)))
+        except (RunError, OSError) as error:
+            problems.append((found[path], str(error)))
+    runs = [dataclasses.replace(run, origin=_origin(run, runs)) for run in runs]
+    grids = []
+    for path, name in sweeps.items():
+        try:
+            content = read_json(path / "sweep.json")
+            cells = content.get("cells")
+            if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+                raise RunError(f"{path / 'sweep.json'} is damaged: it lists no cells")
+            if not all(isinstance(cell.get("settings"), dict) for cell in cells):
+                raise RunError(f"{path / 'sweep.json'} is damaged: a cell has no settings")
+            grids.append(Sweep(name, path, content, tuple(run for run in runs if path in run.folder.parents)))
+        except (RunError, OSError) as error:
+            problems.append((name, str(error)))
+    return runs, grids, list(dict.fromkeys(problems))
+
+
+def _shown(path: Path, given: Path) -> str:
+    """The path from the given folder's name on."""
+    return str(path.resolve().relative_to(given.resolve().parent))
+
+
+def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
+    config = read_json(folder / "config.json")
+    kind = CONFIGS.get(str(config.get("task")))
+    if kind is None or not isinstance(config.get("data"), str):
+        raise RunError(f"{folder / 'config.json'} is damaged: it names no known task and data")
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    for key, value in defaults.items():
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if plain and key in config and number(config, key) is None and config[key] is not None:
+            raise RunError(f"{folder / 'config.json'} is damaged: {key} is {config[key]!r}")
+    config = {"recipe": "custom", **defaults, **config}
+    if not isinstance(config.get("init", ""), str):
+        raise RunError(f"{folder / 'config.json'} is damaged: init is {config['init']!r}")
+    result = read_json(folder / "result.json") if is_complete(folder) else {}
+    if is_complete(folder) and number(result, *MEASURE[config["task"]]) is None:
+        raise RunError(f"{folder / 'result.json'} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
+    return Run(number_, name, folder, config, read_json(folder / "env.json"), read_metrics(folder), result, in_sweep)
+
+
+def _origin(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The run that `init` names: the same folder, or the only one whose path ends alike and whose encoder fits."""
+    init = run.config.get("init", "none")
+    if init == "none":
+        return None
+    parts = [part for part in Path(init).parts if part not in ("checkpoints", "best", "last")]
+    scores: dict[int, list[Run]] = {}
+    for other in runs:
+        if other is run or other.task == "probe":
+            continue
+        if run.task == "finetune" and any(other.config[f] != run.config[f] for f in ENCODER):
+            continue
+        pairs = list(zip(reversed(parts), reversed(other.folder.parts), strict=False))
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        if alike > (bool(parts) and parts[-1] in GENERIC):
+            scores.setdefault(alike, []).append(other)
+    best = scores[max(scores)] if scores else []
+    return best[0] if len(best) == 1 else None
+
+
+def _key(values: object) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _identity(run: Run | None) -> str:
+    """What a run was, but for the seed: equal for runs that differ in nothing else."""
+    if run is None:
+        return ""
+    config = {k: v for k, v in run.config.items() if k not in ("seed", "init", "recipe", "knn_every")}
+    return _key({**config, "init": _start(run)})
+
+
+def _start(run: Run) -> str:
+    """What the weights were at first, but for the seed."""
+    init = run.config.get("init", "none")
+    seedless = re.sub(r"(?<![a-z])(s|seed)([-_=]?)\d+", r"\1\2*", init)
+    return _identity(run.origin) if run.origin else seedless
+
+
+def start_label(run: Run) -> str:
+    """Where the weights came from, in words: 'from scratch', 'from MNIST MAE', 'from runs/x'."""
+    if run.config.get("init", "none") == "none":
+        return "from scratch"
+    if run.origin is None:
+        return f"from {run.config['init']}"
+    return f"from {title(run.origin.data)} {'MAE' if run.origin.task == 'pretrain' else 'classifier'}"
+
+
+def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[Group]]:
+    """Groups of runs of one task that agree in the given fields: same data, budget and model.
+
+    Args:
+        runs: of one task.
+        fields: of the config that a family shares.
+
+    Returns:
+        Families in the order of their first runs; in each, groups named by what sets them apart.
+    """
+    by_family: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        shared = _key([run.task, run.data, *(run.config.get(f) for f in fields)])
+        by_family.setdefault(shared, {}).setdefault(_identity(run), []).append(run)
+    return [_named([sorted(g, key=lambda run: run.config["seed"]) for g in f.values()]) for f in by_family.values()]
+
+
+def _named(groups: list[list[Run]]) -> list[Group]:
+    configs = [group[0].config for group in groups]
+    hidden = {"seed", "init", "recipe", "task", "data", "knn_every"}
+    varying = [k for k in configs[0] if k not in hidden and len({_key(c.get(k)) for c in configs}) > 1]
+    usual = nearest_recipe(groups[0][0])[1] if groups[0][0].task != "probe" else {}
+    base = {k: _base([c.get(k) for c in configs], usual.get(k)) for k in varying}
+    names = []
+    for group in groups:
+        config, run = group[0].config, group[0]
+        words = [start_label(run)] if run.task != "pretrain" else []
+        rivals = [g[0].origin for g in groups if g[0].origin and words and start_label(g[0]) == words[0]]
+        words += [_phrase(k, run.origin.config.get(k)) for k in _differing(rivals) if run.origin] if rivals else []
+        changed = [k for k in varying if _key(config.get(k)) != _key(base[k])]
+        plain = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
+        if set(changed) & set(AUGMENT) and all(config.get(k, v) == v for k, v in plain.items()):
+            words.append("no augmentation")
+            changed = [k for k in changed if k not in AUGMENT]
+        words += [_phrase(k, config.get(k)) for k in changed]
+        names.append(", ".join(words) or ("recipe as it is" if len(groups) > 1 else "MAE"))
+    for name, count in Counter(names).items():  # what no field tells apart, the first folder does
+        if count > 1:
+            names = [f"{n} ({g[0].name})" if n == name else n for n, g in zip(names, groups, strict=True)]
+    return [Group(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    configs = [run.config for run in runs]
+    skipped = {"seed", "init", "recipe", "task", "knn_every"}
+    return [k for k in configs[0] if k not in skipped and len({_key(c.get(k)) for c in configs}) > 1]
+
+
+def _base(values: list[Any], usual: Any) -> Any:
+    """The value that goes without saying: the recipe's if it occurs, else the most common one."""
+    if any(_key(usual) == _key(value) for value in values):
+        return usual
+    return json.loads(Counter(_key(value) for value in values).most_common(1)[0][0])
+
+
+def _phrase(name: str, value: Any) -> str:
+    if name == "label_fraction":
+        return f"{value:.3g} of the labels" if value < 1 else "all labels"
+    words = name.replace("_", " ")
+    return ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
+
+
+def aspects(run: Run) -> dict[str, Any]:
+    """What may differ between two controls: where the weights came from, augmentation as one, every other field."""
+    config = {k: v for k, v in run.config.items() if k not in ("seed", "init", "recipe", "task", "knn_every", *AUGMENT)}
+    if run.config.get("init") == "none":
+        config = {k: v for k, v in config.items() if not k.startswith("adapt_")}
+        config |= {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name.startswith("adapt_")}
+    return {**config, "init": _start(run), "augmentation": [run.config.get(k) for k in AUGMENT]}
+
+
+def mean_sd(values: Iterable[float | None]) -> tuple[float, float | None, int] | None:
+    """Mean, sample standard deviation (None for one value) and count of the numbers among the values."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+
+
+def measured(group: Group, *path: str) -> tuple[float, float | None, int] | None:
+    """mean_sd of a number of result.json over the finished runs."""
+    return mean_sd(number(run.result, *path) for run in group.done)
+
+
+def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float, float | None, int] | None:
+    """mean_sd of a number of metrics.jsonl after an epoch, over the finished runs."""
+    return mean_sd(
+        number(row, quantity)
+        for run in group.done
+        for row in run.metrics
+        if row["epoch"] == epoch and row["split"] == split
+    )
+
+
+@functools.cache
+def _recipes(task: str) -> dict[str, dict[str, Any]]:
+    return {
+        name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in recipes.names(task)
+    }
+
+
+def nearest_recipe(run: Run) -> tuple[str, dict[str, Any]]:
+    """The run's recipe, or, where it has another name (a sweep's cell, a library's), the one that is most like it."""
+    known = _recipes(run.task)
+    name = run.config["recipe"]
+    if name not in known:
+        name = min(known, key=lambda n: sum(run.config.get(k) != v for k, v in known[n].items()))
+    return name, known[name]
+
+
+def command(run: Run) -> str:
+    """The command that makes the run again, from its config."""
+    init = run.origin.name if run.origin else run.config.get("init", "none")
+    if run.task == "probe":
+        words = ["maelab", "probe", init]
+        base = {f.name: f.default for f in dataclasses.fields(ProbeConfig)} | {"init": run.config["init"]}
+    else:
+        name, base = nearest_recipe(run)
+        words = ["maelab", run.task, name]
+        if run.task == "finetune":
+            words += ["--init", init]
+            base = base | {"init": run.config["init"]}
+            if init != "none":  # these come with the weights
+                base = base | {k: run.config[k] for k in ENCODER}
+    fields = [f.name for f in dataclasses.fields(CONFIGS[run.task])]
+    words += [w for k in fields if k in base and run.config[k] != base[k] for w in _flag(k, run.config[k])]
+    if "--seed" not in words:
+        words += ["--seed", str(run.config["seed"])]
+    return shlex.join([*words, "--out", run.name])
+
+
+def sweep_command(sweep: Sweep) -> str:
+    """The command that makes a sweep again, from its cells and one cell's configs."""
+    settings = [cell["settings"] for cell in sweep.content["cells"]]
+    grid = {str(k): list(dict.fromkeys(str(s.get(k)) for s in settings)) for k in (settings[0] if settings else {})}
+    words = [word for name, values in grid.items() for word in ("--grid", f"{name}={','.join(values)}")]
+    pretrain = next((run for run in sweep.runs if run.task == "pretrain"), None)
+    finetune = next((run for run in sweep.runs if run.task == "finetune"), None)
+    recipe = "RECIPE"
+    if pretrain:
+        recipe, base = nearest_recipe(pretrain)
+        changed = [k for k, v in base.items() if k not in grid and pretrain.config[k] != v]
+        words += [word for k in changed for word in _flag(k, pretrain.config[k])]
+    if finetune:
+        words += ["--finetune-epochs", str(finetune.config["epochs"])]
+    return shlex.join(["maelab", "sweep", recipe, *words, "--out", sweep.name])
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
