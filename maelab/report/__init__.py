@@ -10,7 +10,8 @@ import jinja2
 
 from maelab.errors import RunError, UsageError
 from maelab.report.groups import command, load
-from maelab.report.sections import Better, Material, sections
+from maelab.report.pieces import Better, Material
+from maelab.report.sections import sections
 from maelab.runs import write_atomically
 
 
@@ -23,8 +24,8 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         figures: folder for the drawings as PNG; None keeps them in the page alone.
 
     Returns:
-        {"report", "runs", "unfinished", "damaged", "figures"}: the file, how many runs it shows, names of those that are
-        unfinished and of those that were left out, and the PNG files.
+        {"report", "runs", "unfinished", "damaged", "figures"}: the file, how many runs it shows, names of those that
+        are unfinished and of those that were left out, and the PNG files.
 
     Raises:
         UsageError: if a folder does not exist or holds no run, or `out` is a folder.
@@ -56,8 +57,11 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        tests={"better": lambda cell: isinstance(cell, Better), "numbers": lambda cell: isinstance(cell, tuple)},
     )
+    environment.tests |= {
+        "better": lambda cell: isinstance(cell, Better),
+        "numbers": lambda cell: isinstance(cell, tuple),
+    }
     page = environment.get_template("page.html.j2").render(
         sections=parts, runs=runs, commands={run.number: command(run) for run in runs}, problems=problems, names=names
     )

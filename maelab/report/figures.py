@@ -4,11 +4,13 @@ import base64
 import contextlib
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from maelab.errors import RunError
@@ -16,15 +18,14 @@ from maelab.figures import save_figure
 from maelab.report.groups import Group, mean_sd, number
 
 COLOURS = ("#2f7ed8", "#e07b1a", "#2e9e6b", "#a05cc5", "#d1495b", "#1a9fb0", "#a0763a", "#8a8f98")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
     "grid.alpha": 0.25,
+    "text.parse_math": False,  # a $ in a name is a $
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -39,8 +40,13 @@ EMBEDDED, SIDE = 2 << 20, 1600  # bytes beyond which a PNG is scaled down, to so
 def paper(kind: str) -> Iterator[None]:
     """Draw on 'light' or 'dark' paper."""
     back, ink = PAPER[kind]
-    colours = {"figure.facecolor": back, "axes.facecolor": back, "savefig.facecolor": back} | dict.fromkeys(INKED, ink)
-    with plt.rc_context({**STYLE, **colours}):
+    colours: dict[Any, Any] = {
+        "figure.facecolor": back,
+        "axes.facecolor": back,
+        "savefig.facecolor": back,
+    } | dict.fromkeys(INKED, ink)
+    with plt.rc_context({**STYLE, **colours}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
         yield
 
 
@@ -86,12 +92,17 @@ def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label:
             for epoch, value in zip(epochs, values, strict=True):
                 if run.result:
                     by_epoch.setdefault(epoch, []).append(value)
-        shared = [(e, v) for e, values in sorted(by_epoch.items()) if (v := mean_sd(values)) and v[2] == len(group.done)]
+        shared = [
+            (e, v) for e, values in sorted(by_epoch.items()) if (v := mean_sd(values)) and v[2] == len(group.done)
+        ]
         name = f"{group.name} (n = {len(group.done)})" if group.done else f"{group.name} (unfinished)"
         marker = "o" if len(shared) < 3 else None
-        ax.plot([e for e, _ in shared], [v[0] for _, v in shared], color=colour, linewidth=2.2, label=name, marker=marker)
+        ax.plot(
+            [e for e, _ in shared], [v[0] for _, v in shared], color=colour, linewidth=2.2, label=name, marker=marker
+        )
     ax.set(title=label, xlabel="epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(axis="y")
     _legend(figure, ax)
     save_figure(figure, file)
 
@@ -109,11 +120,13 @@ def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) ->
         summary = mean_sd(values)
         assert summary is not None
         mean, deviation, _ = summary
-        ax.errorbar(mean, y, xerr=deviation or None, fmt="o", color=COLOURS[y % 8], capsize=4, markersize=7, linewidth=2)
+        ax.errorbar(
+            mean, y, xerr=deviation or None, fmt="o", color=COLOURS[y % 8], capsize=4, markersize=7, linewidth=2
+        )
         ax.plot(values, [y] * len(values), "|", color=COLOURS[y % 8], markersize=9, alpha=0.8)
         ax.annotate(name, (0, y), (2, 7), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
     ax.set(xlabel=label, yticks=[], ylim=(len(rows) - 0.5, -0.75))
-    ax.grid(axis="x", alpha=0.25)
+    ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
     ax.margins(x=0.12)
     save_figure(figure, file)
@@ -139,6 +152,7 @@ def fractions(file: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], 
     ax.set_xscale("log")
     ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
     ax.minorticks_off()
+    ax.grid(axis="y")
     ax.set(title=label, xlabel="share of the labels")
     _legend(figure, ax)
     save_figure(figure, file)

@@ -1,7 +1,9 @@
 """Run folders as data: what each run was, which differ only in their seed, and which may be compared."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -115,7 +117,8 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
     sweeps: dict[Path, str] = {}
     problems: list[tuple[str, str]] = []
     for given in folders:
-        names = {run.resolve(): _shown(run, given) for run in find_runs(given)}
+        with contextlib.redirect_stderr(io.StringIO()):  # what is damaged is said below, and on the page
+            names = {run.resolve(): _shown(run, given) for run in find_runs(given)}
         for place, _, files in os.walk(given):
             if "sweep.json" in files:
                 sweeps.setdefault(Path(place).resolve(), _shown(Path(place), given))
@@ -135,7 +138,7 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
             runs.append(_read(path, found[path], len(runs) + 1, any(sweep in path.parents for sweep in sweeps)))
         except (RunError, OSError) as error:
             problems.append((found[path], str(error)))
-    runs = [dataclasses.replace(run, origin=_origin(run, runs)) for run in runs]
+    runs = [_with_origin(run, runs) for run in runs]
     grids = []
     for path, name in sweeps.items():
         try:
@@ -161,18 +164,25 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
     kind = CONFIGS.get(str(config.get("task")))
     if kind is None or not isinstance(config.get("data"), str):
         raise RunError(f"{folder / 'config.json'} is damaged: it names no known task and data")
-    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    for key, value in defaults.items():
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if plain and key in config and number(config, key) is None and config[key] is not None:
-            raise RunError(f"{folder / 'config.json'} is damaged: {key} is {config[key]!r}")
-    config = {"recipe": "custom", **defaults, **config}
-    if not isinstance(config.get("init", ""), str):
-        raise RunError(f"{folder / 'config.json'} is damaged: init is {config['init']!r}")
+    usual = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    config = {"recipe": "custom", "init": "none", **usual, **config}
+    for key, value in {**usual, "recipe": "", "init": ""}.items():
+        given = config[key]
+        if isinstance(value, bool | str):
+            fits = isinstance(given, type(value))
+        else:  # a number, or None for one or several
+            fits = number(config, key) is not None or (value is None and (given is None or isinstance(given, list)))
+        if not fits:
+            raise RunError(f"{folder / 'config.json'} is damaged: {key} is {given!r}")
     result = read_json(folder / "result.json") if is_complete(folder) else {}
     if is_complete(folder) and number(result, *MEASURE[config["task"]]) is None:
         raise RunError(f"{folder / 'result.json'} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
     return Run(number_, name, folder, config, read_json(folder / "env.json"), read_metrics(folder), result, in_sweep)
+
+
+def _with_origin(run: Run, runs: Sequence[Run], depth: int = 0) -> Run:
+    origin = _origin(run, runs) if depth < 8 else None  # files may claim a circle
+    return dataclasses.replace(run, origin=origin and _with_origin(origin, runs, depth + 1))
 
 
 def _origin(run: Run, runs: Iterable[Run]) -> Run | None:
@@ -242,47 +252,44 @@ def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[G
 
 def _named(groups: list[list[Run]]) -> list[Group]:
     configs = [group[0].config for group in groups]
-    hidden = {"seed", "init", "recipe", "task", "data", "knn_every"}
-    varying = [k for k in configs[0] if k not in hidden and len({_key(c.get(k)) for c in configs}) > 1]
-    usual = nearest_recipe(groups[0][0])[1] if groups[0][0].task != "probe" else {}
-    base = {k: _base([c.get(k) for c in configs], usual.get(k)) for k in varying}
+    varying = _differing(configs)
+    recipe, usual = nearest_recipe(groups[0][0]) if groups[0][0].task != "probe" else ("", {})
     names = []
-    for group in groups:
-        config, run = group[0].config, group[0]
-        words = [start_label(run)] if run.task != "pretrain" else []
-        rivals = [g[0].origin for g in groups if g[0].origin and words and start_label(g[0]) == words[0]]
-        words += [_phrase(k, run.origin.config.get(k)) for k in _differing(rivals) if run.origin] if rivals else []
-        changed = [k for k in varying if _key(config.get(k)) != _key(base[k])]
+    for run in (group[0] for group in groups):
+        changed = [k for k in varying if _key(run.config.get(k)) != _key(usual.get(k))]
+        said = {k: run.config.get(k) for k in changed}
+        words = [] if run.task == "pretrain" else [start_label(run)]
+        rivals = [g[0].origin.config for g in groups if g[0].origin and words and start_label(g[0]) == words[0]]
+        if run.origin and rivals:
+            before = run.origin.config
+            of_start = [
+                _phrase(k, before.get(k)) for k in _differing(rivals) if k not in said or said[k] != before.get(k)
+            ]
+            words = [f"{words[0]} ({', '.join(of_start)})"] if of_start else words
         plain = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
-        if set(changed) & set(AUGMENT) and all(config.get(k, v) == v for k, v in plain.items()):
+        if set(changed) & set(AUGMENT) and all(run.config.get(k, v) == v for k, v in plain.items()):
             words.append("no augmentation")
             changed = [k for k in changed if k not in AUGMENT]
-        words += [_phrase(k, config.get(k)) for k in changed]
-        names.append(", ".join(words) or ("recipe as it is" if len(groups) > 1 else "MAE"))
+        words += [_phrase(k, run.config.get(k)) for k in changed]
+        names.append(", ".join(words) or f"recipe {recipe}")
     for name, count in Counter(names).items():  # what no field tells apart, the first folder does
         if count > 1:
             names = [f"{n} ({g[0].name})" if n == name else n for n, g in zip(names, groups, strict=True)]
     return [Group(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
-    configs = [run.config for run in runs]
-    skipped = {"seed", "init", "recipe", "task", "knn_every"}
-    return [k for k in configs[0] if k not in skipped and len({_key(c.get(k)) for c in configs}) > 1]
-
-
-def _base(values: list[Any], usual: Any) -> Any:
-    """The value that goes without saying: the recipe's if it occurs, else the most common one."""
-    if any(_key(usual) == _key(value) for value in values):
-        return usual
-    return json.loads(Counter(_key(value) for value in values).most_common(1)[0][0])
+def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    hidden = {"seed", "init", "recipe", "task", "data", "knn_every"}
+    return [k for k in configs[0] if k not in hidden and len({_key(c.get(k)) for c in configs}) > 1]
 
 
 def _phrase(name: str, value: Any) -> str:
     if name == "label_fraction":
         return f"{value:.3g} of the labels" if value < 1 else "all labels"
     words = name.replace("_", " ")
-    return ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
+    return (
+        ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
+    )
 
 
 def aspects(run: Run) -> dict[str, Any]:
@@ -319,9 +326,7 @@ def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float
 
 @functools.cache
 def _recipes(task: str) -> dict[str, dict[str, Any]]:
-    return {
-        name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in recipes.names(task)
-    }
+    return {name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in recipes.names(task)}
 
 
 def nearest_recipe(run: Run) -> tuple[str, dict[str, Any]]:

@@ -142,6 +142,10 @@ def finetune(
         with engine.autocast():
             probabilities = class_probabilities(model, test_set)
         assert test_set.labels is not None
+        guesses, truth = probabilities.argmax(dim=1), test_set.labels
+        counts = torch.bincount(truth * num_classes + guesses, minlength=num_classes**2).reshape(num_classes, -1).cpu()
+        recall = (counts.diag() / counts.sum(dim=1).clamp(min=1)).tolist()
+        by_class = {"per_class": dict(zip(data.class_names, recall, strict=True)), "confusion": counts.tolist()}
         result = {
             "task": "finetune",
             "data": data.name,
@@ -151,7 +155,7 @@ def finetune(
             "epochs": outcome.epochs,
             "params": count_parameters(model),
             "train_images": len(train_set),
-            "test": classification_scores(probabilities, test_set.labels),
+            "test": classification_scores(probabilities, truth) | by_class,
             "val": outcome.val,
             "train": outcome.train,
             "best_epoch": outcome.best_epoch,
@@ -161,7 +165,6 @@ def finetune(
         if engine.is_global_zero:
             pictures = folder / "figures"
             figures.curves(pictures / "curves.png", read_metrics(folder), outcome.best_epoch)
-            guesses, truth = probabilities.argmax(dim=1), test_set.labels
             order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
             fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
             wrong, right = order[~fits], order[fits]
@@ -170,9 +173,6 @@ def finetune(
                 pictures / "predictions.png", scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
                 probabilities[shown].cpu(), data.class_names,
             )  # fmt: skip
-            counts = torch.bincount(truth * num_classes + guesses, minlength=num_classes**2)
-            figures.confusion(
-                pictures / "confusion.png", counts.reshape(num_classes, num_classes).cpu(), data.class_names
-            )
+            figures.confusion(pictures / "confusion.png", counts, data.class_names)
             write_json(folder / "result.json", result)
         return folder, result

@@ -1,0 +1,194 @@
+"""What a page is made of, and the words and numbers that its sections share."""
+
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maelab.errors import RunError
+from maelab.report.figures import data_uri, drawn, picture
+from maelab.report.groups import (
+    AUGMENT,
+    Group,
+    Run,
+    Sweep,
+    command,
+    families,
+    measured,
+    start_label,
+)
+
+Statistic = tuple[float, float | None, int] | None
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Better:
+    """A cell of ours that is at least as good as the published one beside it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells: text, or a tuple of run numbers; `words` are the columns that are not numbers."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    words: frozenset[int] = frozenset({0})
+    commands: Sequence[str] = ()
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture as data, for light and, where it was drawn here, for dark paper; `caption` where it is one of many."""
+
+    alt: str
+    light: str
+    dark: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Images with one caption, the runs they show and the commands that make those."""
+
+    caption: str
+    images: Sequence[Image]
+    runs: tuple[int, ...]
+    commands: Sequence[str]
+    narrow: bool = False
+    kind: str = "figure"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter of the page."""
+
+    id: str
+    title: str
+    text: Sequence[str]
+    blocks: Sequence[Table | Figure]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the sections are made from: the runs, where to draw, and where to note what cannot be shown."""
+
+    runs: Sequence[Run]
+    sweeps: Sequence[Sweep]
+    folder: Path
+    note: Callable[[str, str], None]
+
+    def of(self, task: str, sweeps: bool = False) -> list[Run]:
+        return [run for run in self.runs if run.task == task and (sweeps or not run.in_sweep)]
+
+
+def show(value: Statistic) -> str:
+    """0.9943 ± 0.0004, as mean and sample standard deviation."""
+    if value is None:
+        return NONE
+    return f"{value[0]:.4f}" + (f" ± {value[1]:.4f}" if value[1] is not None else "")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that people would use."""
+    if seconds is None:
+        return NONE
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def million(params: float | None) -> str:
+    return NONE if params is None else f"{params / 1e6:.2f}M"
+
+
+def numbers(groups: Iterable[Group]) -> tuple[int, ...]:
+    return tuple(run.number for group in groups for run in group.runs)
+
+
+def commands(runs: Iterable[Run]) -> list[str]:
+    """Of the runs, each after the run that it starts from."""
+    lines: dict[str, None] = {}
+    for run in runs:
+        lines |= dict.fromkeys(command(r) for r in (run.origin and run.origin.origin, run.origin, run) if r)
+    return list(lines)
+
+
+def figure(caption: str, images: Sequence[Image], runs: Iterable[Run], narrow: bool = False) -> Figure:
+    shown = list(runs)
+    return Figure(caption, images, tuple(run.number for run in shown), commands(shown), narrow)
+
+
+def draw(material: Material, name: str, alt: str, how: Callable[..., None], *arguments: Any) -> Image:
+    light, dark = drawn(material.folder, name, how, *arguments)
+    return Image(alt, data_uri(light.read_bytes()), data_uri(dark.read_bytes()))
+
+
+def found(material: Material, run: Run, name: str, alt: str) -> Image | None:
+    """A picture of the run folder, as it is."""
+    try:
+        content = picture(run.folder, name)
+    except (RunError, OSError) as error:
+        material.note(run.name, str(error))
+        return None
+    return Image(alt, data_uri(content)) if content else None
+
+
+def slug(*words: object) -> str:
+    """A name for a file, from words that may hold anything."""
+    whole = "-".join(str(word) for word in words)
+    kept = "-".join(re.findall("[a-z0-9]+", whole.lower()))
+    return kept if len(kept) <= 80 else f"{kept[:70]}-{zlib.crc32(whole.encode()):08x}"
+
+
+def validated(group: Group) -> float:
+    """What choices rest on: mean validation accuracy, the best of several being the highest."""
+    value = measured(group, "val", "accuracy")
+    return value[0] if value else -math.inf
+
+
+def extra(group: Group) -> str:
+    """What the group's name says beside the start."""
+    rest = group.name.removeprefix(start_label(group.runs[0]))
+    return rest if rest.startswith(", ") else ""
+
+
+def describe(config: dict[str, Any]) -> str:
+    """Budget and model of a family, in words."""
+    model = f"patch {config['patch_size']}, width {config['embed_dim']}, {config['depth']} blocks"
+    share = f", {config['limit']} images at most" if config["limit"] else ""
+    return f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}, {model}, batch {config['batch_size']}{share}"
+
+
+def augmented(config: dict[str, Any]) -> bool:
+    return any(config.get(k) for k in AUGMENT if k not in ("crop_scale", "rand_augment_magnitude")) or (
+        config.get("crop_scale", 1.0) < 1
+    )
+
+
+def plain_loss(config: dict[str, Any]) -> bool:
+    """Whether the training loss is plain cross-entropy of unaltered images."""
+    return not config["label_smoothing"] and not augmented(config)
+
+
+def best_classifiers(material: Material) -> dict[tuple[str, str], Group]:
+    """(data, start) -> the group with the best mean validation accuracy."""
+    best: dict[tuple[str, str], Group] = {}
+    for group in itertools.chain.from_iterable(families(material.of("finetune"))):
+        key = (group.runs[0].data, start_label(group.runs[0]))
+        if group.done and (key not in best or validated(group) > validated(best[key])):
+            best[key] = group
+    return dict(sorted(best.items(), key=lambda item: (item[0][0] != "mnist", item[0][0], -validated(item[1]))))

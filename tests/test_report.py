@@ -1,0 +1,245 @@
+"""The page, as its reader sees it: built from small run folders written by hand, without any training."""
+
+import dataclasses
+import json
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from maelab import figures, recipes
+from maelab.cli import _parse  # the very parser that a user's command meets
+from maelab.config import FinetuneConfig
+from maelab.errors import RunError, UsageError
+from maelab.report import report
+from maelab.report.groups import command, families, load
+
+PIXEL = b"".join(
+    struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0\0")),
+        (b"IEND", b""),
+    )
+)
+PNG = b"\x89PNG\r\n\x1a\n" + PIXEL
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 20)
+
+
+def write(folder: Path, task: str, data: str, accuracy: float | None, **fields) -> Path:
+    """A run folder; `accuracy` of test, or the masked MSE of validation; None leaves the run unfinished."""
+    config = dataclasses.asdict(recipes.get(task, data)) | {"task": task, "recipe": data, "epochs": 2} | fields
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "env.json").write_text(json.dumps({"hardware": "cpu, bf16", "torch": "2.13.0", "python": "3.11.7"}))
+    quantity = "masked_mse" if task == "pretrain" else "accuracy"
+    rows = [{"epoch": e, "split": s, "loss": 1.0 / e, quantity: 0.5} for e in (1, 2) for s in ("train", "val")]
+    if task == "pretrain":
+        rows = [row | {"knn_accuracy": 0.75} if row["split"] == "val" else row for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if accuracy is not None:
+        scores = {"val": {quantity: accuracy}, "train": {quantity: 0.9}, "params": 673834, "train_time_s": 61.0}
+        if task == "finetune":
+            counts = {"confusion": [[3, 1], [0, 4]], "per_class": {"a": 0.75, "b": 1.0}}
+            scores["test"] = {"accuracy": accuracy, **counts}
+        (folder / "result.json").write_text(json.dumps({"task": task, "data": config["data"], **scores}))
+    return folder
+
+
+class _Text(HTMLParser):
+    """Visible text, and every address that the page names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+
+def page(folder: Path, out: Path) -> _Text:
+    report([folder], out=out)
+    return _Text(out.read_text())
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of an MNIST autoencoder; three each of a classifier from it and from scratch, and one unfinished."""
+    folder = tmp_path / "all"
+    for seed in (0, 1):
+        write(folder / f"mae-s{seed}", "pretrain", "mnist", 0.1 + seed / 50, seed=seed)
+        (folder / f"mae-s{seed}" / "figures").mkdir()
+        (folder / f"mae-s{seed}" / "figures" / "reconstructions.png").write_bytes(PNG)
+    for seed, (with_mae, scratch) in enumerate([(0.991, 0.981), (0.993, 0.980), (0.992, 0.979)]):
+        write(folder / f"f-s{seed}", "finetune", "mnist", with_mae, seed=seed, init=f"elsewhere/mae-s{seed % 2}")
+        write(folder / f"n-s{seed}", "finetune", "mnist", scratch, seed=seed)
+    write(folder / "f-s3", "finetune", "mnist", None, seed=3, init="elsewhere/mae-s1")
+    return folder
+
+
+def test_the_reader_finds_means_deviations_and_differences(runs, tmp_path):
+    text = page(runs, tmp_path / "page.html").text
+    assert "0.9920 ± 0.0010" in text and "0.9800 ± 0.0010" in text  # by hand: 0.991, 0.993, 0.992
+    assert "0.1100 ± 0.0141" in text  # the autoencoders: 0.10, 0.12
+    assert "from MNIST MAE from scratch 0.9920 ± 0.0010 0.9800 ± 0.0010 +1.20 0.08 better" in text
+    assert "Clearly better: 1; clearly worse: 0" in text
+    assert "unfinished: 2 of 2 epochs" in text and "1 more unfinished" in text
+    assert "k-NN accuracy, validation over the epochs" in (tmp_path / "page.html").read_text()
+    assert "0.9927" in text and "6.679 days" in text and "claim without a log" in text  # the reports
+    assert "cpu, bf16" in text and "2.13.0" in text
+
+
+def test_it_stands_alone(runs, tmp_path):
+    shown = page(runs, tmp_path / "page.html")
+    assert shown.addresses and all(a.startswith(("data:image/png;base64,", "#")) for a in shown.addresses)
+    assert "script" not in shown.tags and "link" not in shown.tags
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", (tmp_path / "page.html").read_text())
+    targets = {a for a in shown.addresses if a.startswith("#run-")}
+    assert len(targets) == 9  # each run is linked from what it made
+
+
+def test_groups_differ_in_their_seed_alone(runs):
+    loaded, _, _ = load([runs])
+    (family,) = families([run for run in loaded if run.task == "finetune"])
+    sizes = {group.name: (len(group.runs), len(group.done)) for group in family}
+    assert sizes == {"from MNIST MAE": (4, 3), "from scratch": (3, 3)}
+
+
+def test_groups_are_named_by_what_differs(tmp_path):
+    write(tmp_path / "a", "finetune", "mnist", 0.9)
+    write(tmp_path / "b", "finetune", "mnist", 0.9, label_fraction=0.01)
+    plain = dict.fromkeys(("affine_degrees", "affine_scale", "affine_translate", "affine_shear"), 0.0)
+    write(tmp_path / "c", "finetune", "mnist", 0.9, **plain)
+    write(tmp_path / "d", "finetune", "mnist", 0.9, init="gone/x", adapt_pos_embed="reinit")
+    write(tmp_path / "e", "finetune", "mnist", 0.9, epochs=7)
+    loaded, _, _ = load([tmp_path])
+    named = [[group.name for group in family] for family in families(loaded)]
+    assert named == [
+        ["from scratch", "from scratch, 0.01 of the labels", "from scratch, no augmentation",
+         "from gone/x, adapt pos embed reinit"],
+        ["from scratch"],
+    ]  # fmt: skip
+
+
+def test_labels_curve_lists_each_share(tmp_path):
+    for share in (0.01, 0.1, 1.0):
+        for seed in (0, 1):
+            write(
+                tmp_path / "r" / f"{share}-s{seed}", "finetune", "cifar10", share / 2, label_fraction=share, seed=seed
+            )
+    text = page(tmp_path / "r", tmp_path / "page.html").text
+    assert "from scratch 0.0050 ± 0.0000 0.0500 ± 0.0000 0.5000 ± 0.0000" in text
+
+
+def test_commands_make_the_run_again(tmp_path):
+    fields = {"seed": 3, "flip": True, "limit": 500, "img_size": [28, 28], "muon_lr": 0.05, "precision": "fp32"}
+    write(tmp_path / "a b", "finetune", "mnist", 0.9, **fields)
+    (run,), _, _ = load([tmp_path])
+    line = command(run)
+    assert line.startswith("maelab finetune mnist --init none ") and line.endswith(f"'{tmp_path.name}/a b'")
+    words = shlex.split(line)[3:-2]
+    parsed = _parse(FinetuneConfig, words, "finetune mnist", recipes.finetune_mnist())
+    again = json.loads(json.dumps(dataclasses.asdict(parsed)))
+    assert again == {k: v for k, v in run.config.items() if k in again}
+
+
+def test_sweeps_show_both_rankings(tmp_path):
+    cells = [
+        {"settings": {"patch_size": "4", "mask_ratio": "0.5"}, "masked_mse": 0.3, "finetune_accuracy": 0.97},
+        {"settings": {"patch_size": "7", "mask_ratio": "0.5"}, "masked_mse": 0.2, "finetune_accuracy": 0.95},
+        {"settings": {"patch_size": "5", "mask_ratio": "0.5"}, "error": "5 does not divide 28"},
+    ]
+    folder = tmp_path / "sweep"
+    write(folder / "patch_size=4,mask_ratio=0.5" / "pretrain", "pretrain", "mnist", 0.3, patch_size=4, mask_ratio=0.5)
+    (folder / "sweep.json").write_text(json.dumps({"complete": True, "cells": cells}))
+    text = page(folder, tmp_path / "page.html").text
+    assert "4 0.5 0.3000 0.9700 1 2" in text and "7 0.5 0.2000 0.9500 2 1" in text  # downstream, then by error
+    assert "5 does not divide 28" in text and "belong to other tasks" in text
+    assert "maelab sweep mnist --grid patch_size=4,7,5 --grid mask_ratio=0.5 --epochs 2" in text
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    evil = "<img src=x onerror=alert(1)> $\\frac"
+    run = write(tmp_path / "r" / evil, "finetune", "mnist", 0.9, init='"><script>alert(2)</script>')
+    result = json.loads((run / "result.json").read_text())
+    result["test"]["per_class"] = {"<b>a$^": 0.75, "</td>": 1.0}
+    (run / "result.json").write_text(json.dumps(result))
+    shown = page(tmp_path / "r", tmp_path / "page.html")
+    assert "script" not in shown.tags and "b" not in shown.tags
+    assert all(a.startswith(("data:image/png;base64,", "#")) for a in shown.addresses)
+    assert evil in shown.text and "<b>a$^" in shown.text
+
+
+def test_damaged_folders_are_named_and_skipped(runs, tmp_path, capsys):
+    (runs / "f-s0" / "config.json").write_text('{"task": ')
+    (runs / "n-s0" / "result.json").write_text('{"test": {"accuracy": NaN}}')
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(PNG)
+    picture = runs / "mae-s0" / "figures" / "reconstructions.png"
+    picture.unlink()
+    picture.symlink_to(outside)
+    shown = page(runs, tmp_path / "page.html")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(line.startswith("maelab: left out: ") for line in said)
+    for word in ("f-s0/config.json is damaged", "n-s0/result.json is damaged", "points outside of its run folder"):
+        assert any(word in line for line in said) and word in shown.text
+    assert "0.9925 ± 0.0007" in shown.text  # of the two that are left
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("epochs", "many"), ("val_fraction", None), ("init", 3), ("flip", "x"), ("recipe", [])]
+)
+def test_a_config_of_wrong_types_is_damage(field, value, tmp_path):
+    write(tmp_path / "fit", "finetune", "mnist", 0.9)
+    write(tmp_path / "odd", "finetune", "mnist", 0.9, **{field: value})
+    loaded, _, problems = load([tmp_path])
+    assert [run.folder.name for run in loaded] == ["fit"]
+    assert len(problems) == 1 and f"{field} is {value!r}" in problems[0][1]
+
+
+def test_refusals(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no run folder"):
+        report([runs, tmp_path / "empty"], out=tmp_path / "page.html")
+    with pytest.raises(UsageError, match="there is no folder"):
+        report([tmp_path / "none"], out=tmp_path / "page.html")
+    with pytest.raises(UsageError, match="is a folder"):
+        report([runs], out=tmp_path)
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(RunError, match="no run can be read"):
+        report([tmp_path / "empty"], out=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_command_writes_page_and_figures_without_torch(tmp_path):
+    write(tmp_path / "r" / "a", "pretrain", "mnist", 0.1)
+    code = (
+        "import sys; from maelab.cli import main; status = main(sys.argv[1:]);"
+        " sys.exit(status or 10 * ('torch' in sys.modules))"
+    )
+    words = ["report", "r", "--out", "page.html", "--figures", "pictures", "--json"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["runs"] == 1 and (tmp_path / "page.html").read_bytes().startswith(b"<!DOCTYPE html>")
+    assert result["figures"] and all(
+        (tmp_path / file).read_bytes().startswith(b"\x89PNG") for file in result["figures"]
+    )
