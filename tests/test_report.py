@@ -95,8 +95,9 @@ def runs(tmp_path):
     return folder
 
 
-def test_the_reader_finds_means_deviations_and_differences(runs, tmp_path):
-    text = page(runs, tmp_path / "page.html").text
+def test_the_page_says_means_and_differences_and_stands_alone(runs, tmp_path):
+    shown = page(runs, tmp_path / "page.html")
+    text = shown.text
     assert "0.9920 ± 0.0010" in text and "0.9800 ± 0.0010" in text  # by hand: 0.991, 0.993, 0.992
     assert "0.1100 ± 0.0141" in text  # the autoencoders: 0.10, 0.12
     assert "from MNIST MAE from scratch 0.9920 ± 0.0010 0.9800 ± 0.0010 +1.20 0.08 better" in text
@@ -105,10 +106,7 @@ def test_the_reader_finds_means_deviations_and_differences(runs, tmp_path):
     assert "k-NN accuracy, validation over the epochs" in (tmp_path / "page.html").read_text()
     assert "0.9927" in text and "6.679 days" in text and "claim without a log" in text  # the reports
     assert "cpu, bf16" in text and "2.13.0" in text
-
-
-def test_it_stands_alone(runs, tmp_path):
-    shown = page(runs, tmp_path / "page.html")
+    # it stands alone
     assert shown.addresses and all(a.startswith(("data:image/png;base64,", "#")) for a in shown.addresses)
     assert "script" not in shown.tags and "link" not in shown.tags
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", (tmp_path / "page.html").read_text())
