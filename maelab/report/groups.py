@@ -256,7 +256,8 @@ def _named(groups: list[list[Run]]) -> list[Group]:
     recipe, usual = nearest_recipe(groups[0][0]) if groups[0][0].task != "probe" else ("", {})
     names = []
     for run in (group[0] for group in groups):
-        changed = [k for k in varying if _key(run.config.get(k)) != _key(usual.get(k))]
+        few = run.task == "pretrain" and len(varying) < 3  # then each value is said, the recipe's own too
+        changed = [k for k in varying if few or _key(run.config.get(k)) != _key(usual.get(k))]
         said = {k: run.config.get(k) for k in changed}
         words = [] if run.task == "pretrain" else [start_label(run)]
         rivals = [g[0].origin.config for g in groups if g[0].origin and words and start_label(g[0]) == words[0]]
