@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA
 
 from maelab.data import Dataset, ImageSet, label_fraction, limit, load, sources, split
+from maelab.data.datasets import FASHION_CLASSES, idx_set
 from maelab.errors import UsageError
 
 
@@ -58,6 +60,19 @@ def test_full_sets(name: str, shape: tuple[int, ...], mean: list[float], first_l
     assert means == pytest.approx(mean, abs=1e-4)
     assert data.train.labels is not None and data.train.labels[:5].tolist() == first_labels
     assert data.checksums == sources.FILES[name]
+
+
+def test_fashion_mnist_has_its_classes_in_order() -> None:
+    parts = ("images-idx3", "labels-idx1")
+    data = idx_set(*((DATA / f"fashion-mnist-{part}-ubyte.gz").read_bytes() for part in parts))
+    assert data.images.shape == (200, 1, 28, 28) and data.labels is not None
+    shape = {name: data.images[data.labels == i].float().mean(dim=(0, 1)) for i, name in enumerate(FASHION_CLASSES)}
+    ink = {name: image.sum() for name, image in shape.items()}
+    middle = {name: image[:, 9:19].sum() / ink[name] for name, image in shape.items()}
+    lower = {name: image[14:].sum() / ink[name] for name, image in shape.items()}
+    assert sorted(middle, key=lambda name: middle[name])[-2:] == ["Dress", "Trouser"]  # narrow
+    assert min(ink, key=lambda name: ink[name]) == "Sandal"
+    assert sorted(lower, key=lambda name: lower[name])[-3:] == ["Ankle boot", "Sneaker", "Sandal"]  # on the ground
 
 
 def test_small_sets_are_real_and_balanced(mnist_small: Dataset, cifar_small: Dataset) -> None:

@@ -16,7 +16,7 @@ from maelab.data import sources
 from maelab.errors import UsageError
 
 _DIGITS = tuple("0123456789")
-_FASHION = (
+FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -115,7 +115,7 @@ def _load_built_in(spec: str, data_dir: Path | None) -> Dataset:
         idx_set(files[f"{part}-images-idx3-ubyte{end}"], files[f"{part}-labels-idx1-ubyte{end}"])
         for part in ("train", "t10k")
     )
-    return Dataset(spec, train, test, _FASHION if spec == "fashion-mnist" else _DIGITS, checksums)
+    return Dataset(spec, train, test, FASHION_CLASSES if spec == "fashion-mnist" else _DIGITS, checksums)
 
 
 def _nearest(spec: str) -> str:

@@ -189,7 +189,9 @@ def run(block: "Block", x: torch.Tensor, tail: int | None = None) -> torch.Tenso
         m.fc1.bias, m.fc2.bias, a.qkv.weight, a.proj.weight, m.fc1.weight, m.fc2.weight,
     ]  # fmt: skip
     tail = x.shape[1] if tail is None else tail
-    return _RunBlock.apply(x.contiguous(), tail, a.num_heads, block.norm1.eps, torch.is_grad_enabled(), *scales, *parameters)
+    return _RunBlock.apply(
+        x.contiguous(), tail, a.num_heads, block.norm1.eps, torch.is_grad_enabled(), *scales, *parameters
+    )
 
 
 class Muon(torch.optim.Muon):

