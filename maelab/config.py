@@ -185,7 +185,7 @@ class Augment(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
-    """Pretrain a masked autoencoder on images; labels are not read."""
+    """Pretrain a masked autoencoder on images; labels, if there are any, serve only to follow k-NN accuracy."""
 
     mask_ratio: float = 0.75
     """share of the patches to hide"""
@@ -197,8 +197,8 @@ class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
     """blocks of the decoder"""
     decoder_num_heads: int = 3
     """attention heads of the decoder"""
-    knn_every: int = 0
-    """follow k-NN accuracy on validation every so many epochs, where there are labels; 0 is off"""
+    knn_every: int = 1
+    """follow k-NN accuracy on validation every so many epochs, where there are labels; 0 is never"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -193,8 +193,12 @@ def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
     _write(file, lambda place: pictures[0].save(place, format="GIF", **more))
 
 
+_PANELS = ("loss", "knn_accuracy", "accuracy")  # in this order, then the others
+_TITLES = {"lr": "learning rate", "knn_accuracy": "k-NN accuracy", "masked_mse": "masked MSE"}
+
+
 def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -> None:
-    """One panel for each measured quantity over the epochs, training and validation in one panel.
+    """One panel for each measured quantity over the epochs, training and validation in one panel, the loss first.
 
     Args:
         file: PNG to write.
@@ -203,6 +207,7 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
     """
     hidden = {"epoch", "split", "seconds", "images_per_s"}
     names = list(dict.fromkeys(k for row in metrics for k in row if k not in hidden))
+    names.sort(key=lambda name: _PANELS.index(name) if name in _PANELS else len(_PANELS))
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False, layout="constrained")
     for ax, name in zip(axes[0], names, strict=True):
         for split, colour in COLOURS.items():
@@ -211,7 +216,7 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
                 ax.plot(*zip(*points, strict=True), color=colour, marker=".", label=split)
         if best_epoch:
             ax.axvline(best_epoch, color="grey", linewidth=0.8, linestyle=":", label="best epoch")
-        ax.set(title="learning rate" if name == "lr" else name.replace("_", " "), xlabel="epoch")
+        ax.set(title=_TITLES.get(name, name.replace("_", " ")), xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)

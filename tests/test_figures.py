@@ -101,6 +101,14 @@ def test_curves_draw_training_and_validation(tmp_path):
     assert pixels(tmp_path / "two.png").shape[1] > 1.7 * pixels(tmp_path / "one.png").shape[1]  # a second panel
 
 
+def test_knn_accuracy_is_drawn_beside_the_loss(tmp_path, monkeypatch):
+    titles, close = [], figures.plt.close
+    monkeypatch.setattr(figures.plt, "close", lambda f: (titles.extend(ax.get_title() for ax in f.axes), close(f)))
+    row = {"epoch": 1, "split": "val", "masked_mse": 0.1, "loss": 0.1, "knn_accuracy": 0.9}
+    figures.curves(tmp_path / "c.png", [{"epoch": 1, "split": "train", "loss": 0.2, "lr": 1e-3}, row])
+    assert titles == ["loss", "k-NN accuracy", "learning rate", "masked MSE"]
+
+
 def test_curves_of_a_single_epoch(tmp_path):
     figures.curves(tmp_path / "c.png", [{"epoch": 1, "split": "train", "loss": 1.0, "lr": 1e-3}], best_epoch=1)
     assert pixels(tmp_path / "c.png").std() > 10

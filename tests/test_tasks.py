@@ -134,6 +134,25 @@ def test_knn_follows_every_so_many_epochs(autoencoder, digits_folder):
     assert train_set.labels is not None and val_set.labels is not None
     expected = knn_accuracy(features, train_set.labels, queries, val_set.labels)
     assert rows[-1]["knn_accuracy"] == pytest.approx(expected) and expected > 0.3
+    best = model_of(autoencoder)
+    features, queries = extract_features(best, train_set), extract_features(best, val_set)
+    expected = knn_accuracy(features, train_set.labels, queries, val_set.labels)
+    assert result_of(autoencoder)["val"]["knn_accuracy"] == pytest.approx(expected), "whichever epoch was best"
+
+
+def test_following_knn_changes_nothing_else(digits_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "KNN_IMAGES", 40)
+    monkeypatch.setattr(pretrain, "KNN_QUERIES", 7)
+    asked = []
+    monkeypatch.setattr(pretrain, "knn_accuracy", lambda *sets: asked.append([len(x) for x in sets]) or 0.5)
+    runs = {}
+    for every in (0, 1):
+        config = autoencoder_config(digits_folder, epochs=2, limit=64, knn_every=every)
+        _, result = pretrain.pretrain(config, options=options(tmp_path / str(every)))
+        assert result["val"].pop("knn_accuracy", None) == (0.5 if every else None)
+        runs[every] = (tmp_path / str(every) / "checkpoints/last/model.safetensors").read_bytes(), result["val"]
+    assert runs[0] == runs[1]
+    assert asked == [[40, 40, 7, 7]] * 2, "never more images than that"
 
 
 def test_normalised_targets_say_what_their_pixel_error_used(cifar_folder, tmp_path):

@@ -28,7 +28,9 @@ from maelab.training.loop import Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, say
 
-KNN_IMAGES = 10_000  # k-NN during training compares with so many training images at most
+# k-NN during training compares so many validation images with so many training images at most: 3% of the time of an
+# epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
+KNN_QUERIES, KNN_IMAGES = 1_000, 2_000
 PICTURED = 8
 
 
@@ -67,6 +69,10 @@ def pretrain(
 ) -> tuple[Path, dict[str, Any]]:
     """Pretrain a masked autoencoder.
 
+    Every `config.knn_every` epochs, where there are labels, the unmasked encoder is judged by k-NN: a fixed choice of
+    at most 1,000 validation images looks for its neighbours among at most 2,000 training images. It is followed, and
+    chooses nothing.
+
     Args:
         config: what to do, e.g. `maelab.recipes.pretrain_mnist()`.
         options: where to run, and where to keep it.
@@ -103,10 +109,13 @@ def pretrain(
             images = augment(train_set.images, index, config, generator, part, parts)
             return {"loss": model.training_loss(images, config.mask_ratio, noise.to(images.device))}
 
+        following = config.knn_every > 0 and train_set.labels is not None
+        known, queries = some(train_set, KNN_IMAGES, config.split_seed), some(val_set, KNN_QUERIES, config.split_seed)
+
         def validate(model: Any, epoch: int) -> dict[str, float]:
             values = masked_mse(model, val_set, config.mask_ratio, config.split_seed)
-            if config.knn_every and epoch % config.knn_every == 0 and val_set.labels is not None:
-                values["knn_accuracy"] = _follow_knn(model, train_set, val_set)
+            if following and epoch % config.knn_every == 0:
+                values["knn_accuracy"] = _knn(model, known, queries)
             return values
 
         outcome = train(
@@ -128,6 +137,8 @@ def pretrain(
         sample = some(train_set, max(len(val_set), 1000), config.split_seed)
         with engine.autocast():
             train_scores = masked_mse(model, sample, config.mask_ratio, config.split_seed)
+            if following and "knn_accuracy" not in outcome.val:  # the best epoch was not one of those
+                outcome.val["knn_accuracy"] = _knn(model, known, queries)
         result = {
             "task": "pretrain",
             "data": data.name,
@@ -155,8 +166,6 @@ def pretrain(
         return folder, result
 
 
-def _follow_knn(model: MaskedAutoencoderViT, train_set: ImageSet, val_set: ImageSet) -> float:
-    reference = some(train_set, KNN_IMAGES, seed=0)
-    features, queries = extract_features(model, reference), extract_features(model, val_set)
-    assert reference.labels is not None and val_set.labels is not None
-    return knn_accuracy(features, reference.labels, queries, val_set.labels)
+def _knn(model: MaskedAutoencoderViT, known: ImageSet, queries: ImageSet) -> float:
+    assert known.labels is not None and queries.labels is not None
+    return knn_accuracy(extract_features(model, known), known.labels, extract_features(model, queries), queries.labels)
