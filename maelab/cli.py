@@ -175,7 +175,8 @@ def finetune(arguments: list[str]) -> None:
             flag = f"--{f.name.replace('_', '-')}"
             typed = {a.split("=")[0].replace("_", "-").replace("--no-", "--") for a in arguments}
             if given != needed and flag in typed:
-                raise UsageError(f"{flag} {given} does not fit --init {args.config.init}, which has {needed}")
+                hint = "; --adapt-patch-embed resize makes it fit" if f.name == "patch_size" else ""
+                raise UsageError(f"{flag} {given} does not fit --init {args.config.init}, which has {needed}{hint}")
     folder, result = finetune(args.config, options=args.options, recipe=recipe)
     test, val = result["test"]["accuracy"], result["val"]["accuracy"]
     text = f"test accuracy {test:.4f} (validation {val:.4f}, best epoch {result['best_epoch']} of {result['epochs']})"
@@ -624,6 +625,46 @@ def report(arguments: list[str]) -> None:
     _print(args.output, result, result["report"])
 
 
+def export(arguments: list[str]) -> None:
+    """write a model for ONNX, transformers or timm: maelab export RUN --format onnx"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        run: Positional[Path]
+        """run folder or checkpoint"""
+        format: Literal["onnx", "timm", "hf", "safetensors"] = "onnx"
+        """onnx: one file for onnxruntime; hf: a folder for transformers; timm: a file of weights under timm's names;
+        safetensors: maelab's own checkpoint, a folder"""
+        out: Path | None = None
+        """what to write; None is named after the run, here"""
+        int8: bool = False
+        """onnx: matrices in 8 bits, and what that costs on validation images, where the data are at hand"""
+        data_dir: Path | None = None
+        """folder that holds the data set's files already"""
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "export")
+    from maelab.export import export
+
+    result = export(args.run, format=args.format, out=args.out, int8=args.int8, data_dir=args.data_dir)
+    lines = []
+    if args.format == "timm":
+        words = ", ".join(f"{name}={value!r}" for name, value in result["arguments"].items())
+        lines.append(f"for timm.models.VisionTransformer({words})")
+    if args.format == "onnx":
+        lines.append(f"opset {result['opset']}, at most {result['max_difference']:.1e} from torch's output in float32")
+    if cost := result.get("int8"):
+        where = f"on {cost['images']} {cost['split']} images" if "images" in cost else ""
+        if "accuracy" in cost:
+            text = f"accuracy {cost['accuracy']:.4f} instead of {cost['float32_accuracy']:.4f} {where}"
+        elif "relative_error" in cost:
+            text = f"features off by {cost['relative_error']:.1%} {where}"
+        else:
+            text = f"cost not measured: {cost['not_measured']}"
+        lines.append(f"int8: {text}")
+    _print(args.output, result, "\n".join([*lines, result["out"]]))
+
+
 def bench(arguments: list[str]) -> None:
     """measure training speed beside Hugging Face's models and the matrix products alone"""
 
@@ -662,6 +703,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "runs": runs,
     "report": report,
     "info": info,
+    "export": export,
     "bench": bench,
 }
 

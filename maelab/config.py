@@ -221,9 +221,11 @@ class FinetuneConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
     """Train a classifier, from a pretrained encoder or from scratch."""
 
     init: str = "none"
-    """run folder or checkpoint whose encoder to start from; none starts from scratch"""
-    adapt_patch_embed: Literal["inflate", "reinit"] = "inflate"
-    """when the channels differ from --init: repeat or average the patch embedding's weights, or start it anew"""
+    """where the encoder comes from: run folder or checkpoint, folder of transformers (ViTMAE, ViT) or hf:NAME from its
+    hub, file of timm or of the original MAE; none starts from scratch"""
+    adapt_patch_embed: Literal["inflate", "resize", "reinit"] = "inflate"
+    """when the channels differ from --init: repeat or average the patch embedding's weights, or start it anew; resize:
+    the same as inflate, and fit them to --patch-size (arXiv 2212.08013), which is otherwise that of --init"""
     adapt_pos_embed: Literal["interpolate", "reinit"] = "interpolate"
     """when the grid of patches differs from --init: resample the position embedding, or start it anew"""
     label_fraction: float = 1.0

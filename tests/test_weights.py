@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, sincos_pos_embed
-from maelab.weights import adapt_channels, load_encoder
+from maelab.weights import adapt_channels, load_encoder, resize_patch_embed
 
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER: dict[str, Any] = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -143,6 +143,34 @@ def test_a_class_token_may_be_new_or_left_out():
     assert torch.equal(model.get_parameter("cls_token"), token)
     assert torch.equal(model.pos_embed[:, :1], place)
     assert torch.equal(model.pos_embed[:, 1:], without.pos_embed)
+
+
+def test_larger_patches_answer_enlarged_patches_exactly():
+    """What the pseudo-inverse promises (FlexiViT, section 3.4); plain resampling answers four times as loud."""
+    weight, patch = torch.randn(8, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    enlarged = F.interpolate(patch, size=(8, 8), mode="bilinear", align_corners=False)
+    new = resize_patch_embed(weight, 8)
+    assert new.shape == (8, 3, 8, 8) and resize_patch_embed(weight, 4) is weight
+    torch.testing.assert_close(F.conv2d(enlarged, new), F.conv2d(patch, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_smaller_patches_answer_as_if_enlarged():
+    weight, patch = torch.randn(8, 3, 16, 16), torch.randn(2, 3, 4, 4)
+    enlarged = F.interpolate(patch, size=(16, 16), mode="bilinear", align_corners=False)
+    new = resize_patch_embed(weight, 4)
+    torch.testing.assert_close(F.conv2d(patch, new), F.conv2d(enlarged, weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resize_patch_embed(resize_patch_embed(new, 16), 4), new, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_channels_and_grid_at_once():
+    given, model = source(img_size=32, in_chans=3, patch_size=8), target(img_size=(8, 16), patch_size=2, in_chans=1)
+    assert load_encoder(model, given, patch_embed="resize") == [
+        "position embedding 4x4 -> 4x8: interpolate",
+        "patches 8x8 -> 2x2 pixels: resize",
+        "patch embedding 3 -> 1 channels: resize",
+    ]
+    expected = adapt_channels(resize_patch_embed(given.patch_embed.proj.weight, 2), 1)
+    torch.testing.assert_close(model.patch_embed.proj.weight, expected)
 
 
 def test_channels_and_grid_at_once():

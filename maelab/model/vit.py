@@ -194,7 +194,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = self._new_pos_embed(embed_dim)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # numbers even for a model on "meta"
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         average = num_classes > 0 and global_pool == "avg"
         self.norm = nn.Identity() if average else nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)

@@ -27,7 +27,7 @@ ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", 
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
-    """The config with the encoder's shape taken from the initial weights.
+    """The config with the encoder's shape taken from the initial weights, but for a patch size to resize to.
 
     Raises:
         UsageError: if there is no encoder in them.
@@ -36,7 +36,8 @@ def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
         raise UsageError(
             f"--init {config.init} is a {init.model} and has no encoder; name a pretraining or fine-tuning run"
         )
-    return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS})
+    resized = {"patch_size"} if config.adapt_patch_embed == "resize" else set()
+    return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS if field not in resized})
 
 
 def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:

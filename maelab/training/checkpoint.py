@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from maelab.data.folder import read_all
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import find_checkpoint, read_checkpoint, write_atomically, write_json
+from maelab.weights import Foreign, read_foreign
 
 MODELS = {c.__name__: c for c in (MaskedAutoencoderViT, VisionTransformer, nn.Linear)}
 
@@ -29,7 +31,7 @@ class ModelSpec:
     Args:
         model: 'MaskedAutoencoderViT', 'VisionTransformer' or, for a linear probe, 'Linear'.
         arguments: of its constructor.
-        data: name of the data set it was trained on.
+        data: name of the data set it was trained on; empty for a model of another library.
         class_names: of a classifier, in the order of its outputs.
         mask_ratio: that a masked autoencoder was trained with.
     """
@@ -51,21 +53,27 @@ def save_model(folder: Path, spec: ModelSpec, state: dict[str, torch.Tensor]) ->
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
 
 
+def _foreign_spec(found: Foreign) -> ModelSpec:
+    return ModelSpec(found.model, found.arguments, "", found.class_names, found.mask_ratio)
+
+
 def read_spec(path: str | Path) -> ModelSpec:
-    """The description of a checkpoint, without its weights.
+    """The description of a checkpoint, or of a model of another library (see `maelab.weights.read_foreign`).
 
     Raises:
         UsageError: if there is no checkpoint.
         RunError: if its config.json is damaged.
     """
-    return ModelSpec(**read_checkpoint(path))
+    found = read_foreign(path)
+    return ModelSpec(**read_checkpoint(path)) if found is None else _foreign_spec(found)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
     """Build the model of a run folder or checkpoint and load its weights, in evaluation mode on the CPU.
 
     Args:
-        path: run folder, of which the best checkpoint is taken (else the last), or a checkpoint folder.
+        path: run folder, of which the best checkpoint is taken (else the last), a checkpoint folder, or a model of
+            another library (see `maelab.weights.read_foreign`).
 
     Returns:
         The model, and the description that it was built from.
@@ -74,13 +82,20 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         UsageError: if there is no checkpoint.
         RunError: if it is damaged.
     """
-    spec = read_spec(path)
-    file = find_checkpoint(path) / "model.safetensors"
+    if (found := read_foreign(path)) is not None:
+        spec, file = _foreign_spec(found), Path(path)
+        for note in found.notes:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{path}: {note}", file=sys.stderr)
+    else:
+        spec, file = read_spec(path), find_checkpoint(path) / "model.safetensors"
     try:
-        model = spec.build()
-        model.load_state_dict(safetensors.torch.load_file(file))
-    except (ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise RunError(f"{file} is damaged or does not fit its config.json: {str(error).splitlines()[0]}") from error
+        with torch.device("meta"):  # so that nothing large is allocated before the shapes are seen to fit
+            model = spec.build()
+        model.load_state_dict(safetensors.torch.load_file(file) if found is None else found.state, assign=True)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, safetensors.SafetensorError) as error:
+        why = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+        raise RunError(f"{file} is damaged or does not fit its config.json: {why}") from error
     return model.eval(), spec
 
 
@@ -88,8 +103,10 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
     """The data set `name` (None: the one the model was trained on), checked to fit the model.
 
     Raises:
-        UsageError: if image size or channels do not fit.
+        UsageError: if no data set is named, or image size or channels do not fit.
     """
+    if not (name or spec.data):
+        raise UsageError("this model comes from another library; name the data set with --data")
     channels = spec.arguments["in_chans"]
     data = load(name or spec.data, data_dir=data_dir, img_size=tuple(spec.arguments["img_size"]), in_chans=channels)
     if data.train.images.shape[1] != channels:

@@ -1,0 +1,316 @@
+"""Trained models in the formats of other tools: ONNX, transformers, timm, and maelab's own portable checkpoint."""
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+import maelab
+from maelab.data.batches import scale
+from maelab.data.datasets import ImageSet
+from maelab.data.sources import cache_dir
+from maelab.errors import MaelabError, RunError, UsageError
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.model.vit import LAYER_NORM_EPS, Block
+from maelab.runs import read_json, write_atomically, write_json
+from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
+from maelab.weights import to_hugging_face
+
+ENDINGS = {"onnx": ".onnx", "timm": ".safetensors", "hf": "", "safetensors": ""}  # without one: a folder
+OPSET = 18  # of ONNX; the oldest that torch's exporter writes
+TOLERANCE = 1e-4  # between torch and onnxruntime
+MEASURED = 5000  # images at most on which int8 is judged
+
+
+def export(
+    run: str | Path,
+    *,
+    format: Literal["onnx", "timm", "hf", "safetensors"],
+    out: Path | None = None,
+    int8: bool = False,
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Write a trained model for other tools.
+
+    Args:
+        run: run folder or checkpoint of a classifier or a masked autoencoder.
+        format: 'onnx': a file that takes float32 images (N, C, H, W) in [-1, 1] and gives logits (N, classes), or for
+            an autoencoder the features of its encoder (N, D), the mean of the patch tokens; class names and
+            preprocessing are in its metadata. 'hf': a folder for transformers' ViTMAEForPreTraining or
+            ViTForImageClassification. 'timm': a file of weights for timm's VisionTransformer; of an autoencoder, its
+            encoder. 'safetensors': a checkpoint folder, as `load_model` takes it.
+        out: what to write, a new file or folder; None is named after the run, in the working folder.
+        int8: quantise the matrices of the ONNX model to 8 bits, and measure what that costs on the validation images of
+            the run (else test images), if the data are on this machine.
+        data_dir: folder that holds the data set's files already.
+
+    Returns:
+        {"run", "format", "out"}; for 'timm' "arguments" of its VisionTransformer; for 'onnx' "opset" and
+        "max_difference" from torch's output, and with int8 "int8": what was measured (see `_cost_of_int8`), or why
+        nothing was.
+
+    Raises:
+        UsageError: if the format cannot express the model, a package is missing, or `out` exists.
+        RunError: if the model is damaged, or the result differs from it.
+    """
+    out = out or Path(f"{Path(run).resolve().name}-{format}{ENDINGS[format]}")
+    if out.exists():
+        raise UsageError(f"--out {out} exists; remove it or choose another name")
+    if out.suffix != ENDINGS[format] and ENDINGS[format]:
+        raise UsageError(f"--out {out}: the format is a file; give a name that ends in {ENDINGS[format]}")
+    if int8 and format != "onnx":
+        raise UsageError(f"--int8 goes with --format onnx, not {format}")
+    model, spec = load_model(run)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{run} is a linear probe; export the run that it judged")
+    result: dict[str, Any] = {"run": str(run), "format": format, "out": str(out)}
+    if format == "safetensors":
+        save_model(out, spec, model.state_dict())
+    elif format == "timm":
+        result |= {"arguments": _to_timm(model, spec, out)}
+    elif format == "hf":
+        _to_folder(model, spec, out)
+    else:
+        with _quiet():
+            result |= {"opset": OPSET, **_to_onnx(model, spec, out, int8, Path(run), data_dir)}
+    return result
+
+
+def _preprocessing(model: VisionTransformer) -> dict[str, Any]:
+    """What an image goes through first: see `maelab.data.folder`."""
+    height, width = model.img_size
+    return {
+        "channels": model.in_chans,
+        "height": height,
+        "width": width,
+        "resize": "bicubic until the image covers this size, then crop the centre",
+        "scale": "pixel / 127.5 - 1",
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- timm
+
+
+def _to_timm(model: VisionTransformer, spec: ModelSpec, out: Path) -> dict[str, Any]:
+    """Our names are timm's; what a state does not tell goes into the file's metadata and the returned arguments."""
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
+    about = {"num_heads": block.attn.num_heads, "img_size": model.img_size, "class_names": spec.class_names}
+    metadata = {"format": "pt", "maelab": json.dumps(about)}
+    write_atomically(out, safetensors.torch.save(_plain(state), metadata))
+    kept = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+    arguments = {name: spec.arguments[name] for name in kept if name in spec.arguments}
+    pool = model.global_pool if model.num_classes else ""
+    return {"img_size": model.img_size, **arguments, "num_classes": model.num_classes, "global_pool": pool}
+
+
+def _plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- transformers
+
+
+def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
+    """A folder for transformers.
+
+    Raises:
+        UsageError: if its ViT models cannot express this one.
+    """
+    height, width = model.img_size
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    advice = "; --format timm and onnx take it as it is"
+    if not model.num_prefix_tokens:
+        raise UsageError(
+            "transformers' ViT models always have a class token, which this model lacks: train with --class-token"
+            + advice
+        )
+    if model.num_classes and model.global_pool == "avg":
+        raise UsageError(
+            "transformers' ViTForImageClassification reads the class token, this model the mean of the patches: train"
+            f" with --global-pool token{advice}"
+        )
+    config: dict[str, Any] = {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": height if height == width else [height, width],
+        "patch_size": model.patch_size,
+        "num_channels": model.in_chans,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if isinstance(model, MaskedAutoencoderViT):
+        if height != width:
+            raise UsageError(f"transformers' ViTMAE takes square images, this model {height}x{width}{advice}")
+        if not len(model.decoder_blocks):
+            raise UsageError("transformers' ViTMAE has at least one decoder block, this model none")
+        decoder = model.decoder_blocks[0]
+        assert isinstance(decoder, Block)
+        config |= {
+            "architectures": ["ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
+            "decoder_hidden_size": model.decoder_embed.out_features,
+            "decoder_num_hidden_layers": len(model.decoder_blocks),
+            "decoder_num_attention_heads": decoder.attn.num_heads,
+            "decoder_intermediate_size": decoder.mlp.fc1.out_features,
+            "mask_ratio": spec.mask_ratio or 0.75,
+            "norm_pix_loss": model.norm_pix_loss,
+        }
+    else:
+        names = spec.class_names or tuple(map(str, range(model.num_classes)))
+        config |= {
+            "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"],
+            "model_type": "vit",
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": height} if height == width else {"height": height, "width": width},
+        "do_center_crop": height == width,
+        "crop_size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * model.in_chans,
+        "image_std": [0.5] * model.in_chans,
+    }
+    write_json(out / "config.json", config)
+    write_json(out / "preprocessor_config.json", processor)
+    state = _plain(to_hugging_face(model.state_dict()))
+    write_atomically(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
+
+
+# --------------------------------------------------------------------------------------------------------------- ONNX
+
+
+class _Features(nn.Module):
+    """The encoder of an autoencoder, as `extract_features` uses it."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.pool(self.model.forward_features(images), "avg")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter and the quantiser say about themselves."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _to_onnx(
+    model: VisionTransformer, spec: ModelSpec, out: Path, int8: bool, run: Path, data_dir: Path | None
+) -> dict[str, Any]:
+    """Write the file, after it has been seen to compute the same as the model."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise UsageError(f"--format onnx needs the package {error.name}: pip install 'maelab[export]'") from None
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.native = False  # maelab's own kernels are no part of ONNX
+    network = model if model.num_classes else _Features(model)
+    name = "logits" if model.num_classes else "features"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(5, model.in_chans, *model.img_size, generator=generator) * 2 - 1
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network, (images[:2],), dynamo=True, opset_version=OPSET, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["images"], output_names=[name],
+        )  # fmt: skip
+        expected = network(images).numpy()
+    assert program is not None
+    about = {"class_names": spec.class_names, "preprocessing": _preprocessing(model), "maelab": maelab.__version__}
+    proto = program.model_proto  # made anew at each look
+    onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
+    content = proto.SerializeToString()
+    difference = max(float(np.abs(_run(content, images[:n]) - expected[:n]).max()) for n in (1, 5))
+    if not difference <= TOLERANCE:
+        raise RunError(f"the ONNX model differs from the original by {difference:.1e}; nothing was written")
+    result: dict[str, Any] = {"max_difference": difference}
+    if int8:
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+            files[0].write_bytes(content)
+            quantize_dynamic(*files, weight_type=QuantType.QInt8)
+            exact, content = content, files[1].read_bytes()
+        try:
+            result["int8"] = _cost_of_int8(exact, content, *_images_at_hand(spec, run, data_dir), model.num_classes)
+        except MaelabError as error:
+            result["int8"] = {"not_measured": str(error)}
+    write_atomically(out, content)
+    return result
+
+
+def _run(content: bytes, images: torch.Tensor) -> np.ndarray:
+    """The output of an ONNX model for images (N, C, H, W), in batches."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return np.concatenate([np.asarray(session.run(None, {"images": part.numpy()})[0]) for part in images.split(256)])
+
+
+def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[ImageSet, str]:
+    """Images to measure on, and a name for them: the run's validation images, or test images if only a checkpoint is
+    there. Nothing is downloaded.
+
+    Raises:
+        UsageError, RunError: if there are none.
+    """
+    if data_dir is None and not spec.data.startswith("folder:") and not (cache_dir() / spec.data).is_dir():
+        raise UsageError(f"{spec.data or 'its data set'} is not on this machine")
+    config = read_json(run / "config.json")
+    split = "val" if "val_fraction" in config else "test"
+    part = choose_part(load_matching_data(spec, None, data_dir), split, config)
+    return part[torch.arange(min(len(part), MEASURED))], split
+
+
+def _cost_of_int8(exact: bytes, quantised: bytes, data: ImageSet, split: str, classes: int) -> dict[str, Any]:
+    """What 8 bits cost.
+
+    Returns:
+        {"images", "split"} and for a classifier "accuracy" (of int8), "float32_accuracy", "agreement" (share of the
+        images with the same answer), for an encoder "relative_error": RMS difference of features over their RMS.
+    """
+    images = scale(data.images)
+    before, after = _run(exact, images), _run(quantised, images)
+    result: dict[str, Any] = {"images": len(images), "split": split}
+    if not classes or data.labels is None:
+        error = float(np.sqrt(np.square(after - before).mean() / np.square(before).mean()))
+        return result | {"relative_error": error}
+    labels, ours, theirs = data.labels.numpy(), after.argmax(axis=1), before.argmax(axis=1)
+    return result | {
+        "accuracy": float((ours == labels).mean()),
+        "float32_accuracy": float((theirs == labels).mean()),
+        "agreement": float((ours == theirs).mean()),
+    }

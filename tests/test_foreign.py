@@ -1,0 +1,327 @@
+"""Models of other libraries as a start: transformers, the original MAE, timm; damaged and hostile files."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hugging_face import randomize
+from safetensors.torch import load_file, save_file
+
+from maelab import weights
+from maelab.errors import MaelabError
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.training.checkpoint import load_model, read_spec
+from maelab.weights import IMAGENET, read_foreign
+
+SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 1}
+HF: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 80, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+DECODER: dict[str, Any] = {
+    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 40, "mask_ratio": 0.5,
+}  # fmt: skip
+COLOURS = [torch.tensor(v).reshape(3, 1, 1) for v in IMAGENET]
+
+
+def theirs(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as ImageNet's mean and deviation normalise them."""
+    return ((images + 1) / 2 - COLOURS[0]) / COLOURS[1]
+
+
+def images(channels: int = 3, side: int = 16) -> torch.Tensor:
+    return torch.rand(3, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def processor(folder: Path, mean: Any = IMAGENET[0], std: Any = IMAGENET[1]) -> None:
+    content = {"do_normalize": True, "image_mean": mean, "image_std": std}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def vit_mae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A small ViTMAE of transformers with ImageNet's colours, and its folder. Do not change."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = ViTMAEForPreTraining(ViTMAEConfig(**HF, **DECODER)).eval()
+    randomize(model)
+    folder = tmp_path_factory.mktemp("vit_mae") / "model"
+    model.save_pretrained(folder)
+    processor(folder)
+    return model, folder
+
+
+def test_vit_mae(vit_mae, capsys):
+    model, folder = vit_mae
+    ours, spec = load_model(folder)
+    assert isinstance(ours, MaskedAutoencoderViT) and (spec.model, spec.mask_ratio) == ("MaskedAutoencoderViT", 0.5)
+    assert not ours.pos_embed.requires_grad and ours.patch_embed.proj.weight.requires_grad
+    assert "colours normalised by" in capsys.readouterr().err
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(theirs(images()), noise=noise)
+        _, pred, mask = ours(images(), 0.5, noise)
+        tokens = model.vit(theirs(images()), noise=noise).last_hidden_state
+        latent = ours.forward_encoder(images(), 0.5, noise)[0]
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(latent, tokens, rtol=0, atol=1e-5)
+    pixels = expected.logits.reshape(3, 16, 16, 3) * COLOURS[1].flatten() + COLOURS[0].flatten()  # in [0, 1]
+    torch.testing.assert_close(pred, (2 * pixels - 1).reshape(3, 16, 48), rtol=0, atol=1e-5)
+
+
+def test_vit_mae_with_the_names_of_the_hub_and_without_a_decoder(vit_mae, tmp_path):
+    """Older transformers wrote pickles, and `decoder_layers`; a bare ViTMAEModel has no prefix."""
+    model, folder = vit_mae
+    state = {
+        k.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): v
+        for k, v in load_file(folder / "model.safetensors").items()
+    }
+    for name in ("whole", "bare"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "config.json", tmp_path / name)
+    assert any(".decoder_layers.0.attention.attention.query." in name for name in state)
+    torch.save(state, tmp_path / "whole" / "pytorch_model.bin")
+    bare = {k.removeprefix("vit."): v for k, v in state.items() if k.startswith("vit.")}
+    save_file(bare, tmp_path / "bare" / "model.safetensors")
+    with torch.no_grad():
+        expected = model.vit(images(), noise=torch.arange(16.0).expand(3, -1)).last_hidden_state[:, 1:]
+        for name in ("whole", "bare"):
+            ours, spec = load_model(tmp_path / name)
+            assert isinstance(ours, VisionTransformer)
+            kind = "MaskedAutoencoderViT" if name == "whole" else "VisionTransformer"
+            assert spec.model == kind and spec.arguments.get("num_classes", 0) == 0
+            if isinstance(ours, MaskedAutoencoderViT):
+                latent = ours.forward_encoder(images(), 0.5, torch.arange(16.0).expand(3, -1))[0]
+                torch.testing.assert_close(latent[:, 1:], expected, rtol=0, atol=1e-5)
+    whole = load_model(tmp_path / "whole")[0]
+    assert isinstance(ours, VisionTransformer) and isinstance(whole, VisionTransformer)
+    assert torch.equal(ours.forward_features(images()), whole.forward_features(images()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "image_size": [16, 24], "num_channels": 1}])
+def test_vit_classifier(changes, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    model = ViTForImageClassification(ViTConfig(**{**HF, **changes, "id2label": names})).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    ours, spec = load_model(tmp_path)
+    assert spec.class_names == ("cat", "dog", "owl")
+    x = images(spec.arguments["in_chans"], 24)[:, :, :16, : spec.arguments["img_size"][1]]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x).logits, rtol=0, atol=1e-5)
+
+
+def test_the_original_mae(tmp_path, capsys):
+    """Its own checkpoints hold a Namespace and an optimizer, and images were normalised by ImageNet's colours."""
+    model = MaskedAutoencoderViT(**SHAPE).eval()
+    randomize(model)
+    content = {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}, "epoch": 3}
+    torch.save(content, tmp_path / "mae.pth")
+    ours, spec = load_model(tmp_path / "mae.pth")
+    assert isinstance(ours, VisionTransformer) and spec.arguments["num_classes"] == 0
+    with torch.no_grad():
+        expected = model.forward_features(theirs(images()))
+        torch.testing.assert_close(ours.forward_features(images()), expected, rtol=0, atol=1e-5)
+    said = capsys.readouterr().err
+    assert "decoder is left out" in said and "1 attention heads assumed" in said and "original MAE" in said
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_timm(form, tmp_path):
+    model = VisionTransformer(**{**SHAPE, "embed_dim": 128, "num_heads": 2}, num_classes=3, learned_pos_embed=True)
+    randomize(model.eval())
+    file = tmp_path / f"vit.{form}"
+    (torch.save if form == "pth" else save_file)(model.state_dict(), file)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(file)[0](images()), model(images()), rtol=0, atol=1e-6)
+
+
+def test_timm_without_a_position_for_the_class_token(tmp_path):
+    model = VisionTransformer(**SHAPE, num_classes=3, learned_pos_embed=True, global_pool="avg").eval()
+    with torch.no_grad():
+        randomize(model)
+        model.pos_embed[:, 0] = 0
+        state = {k: v.half() if v.ndim == 2 else v for k, v in model.state_dict().items()}
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+        save_file(state, tmp_path / "vit.safetensors")
+        ours = load_model(tmp_path / "vit.safetensors")[0]
+        assert {p.dtype for p in ours.parameters()} == {torch.float32}
+        torch.testing.assert_close(ours(images()), model(images()), rtol=0, atol=0.02)  # half precision in between
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_a_hostile_pickle_is_refused_and_not_run(form, tmp_path, maelab):
+    file, trace = tmp_path / "mae.pth", tmp_path / "trace"
+    content = {"model": VisionTransformer(**SHAPE).state_dict(), "args": Hostile(trace)}
+    if form == "plain":
+        file.write_bytes(pickle.dumps(Hostile(trace)))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    ended = maelab.run("finetune", "smoke", "--init", file, "--data", "folder:nowhere", cwd=tmp_path)
+    assert ended.error().startswith(f"{file} is damaged or not safe to read: ") and ended.status == 1
+    assert not trace.exists()
+    torch.load(file, weights_only=False) if form != "plain" else pickle.loads(file.read_bytes())
+    assert trace.exists(), "so it would have been run"
+
+
+def state_of(**changes: Any) -> dict[str, torch.Tensor]:
+    return VisionTransformer(**{**SHAPE, "num_classes": 3, **changes}).state_dict()
+
+
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state_of().items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "no state dict"),
+        ({}, "no state dict"),
+        ({"a": 1}, "'a' is no plain tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor"),
+        ({"a": torch.zeros(1).expand(10**6, 10**6)}, "'a' claims to be larger than the file"),
+        (without(weights.PATCH_WEIGHT), "holds no Vision Transformer under timm's names (KeyError"),
+        (without("blocks.0.attn.qkv.weight"), 'Missing key(s) in state_dict: "blocks.0.attn.qkv.weight"'),
+        (state_of(embed_dim=32), "does not say how many heads its blocks of width 32 have"),
+        (state_of() | {"blocks.0.ls1.gamma": torch.ones(64)}, 'Unexpected key(s) in state_dict: "blocks.0.ls1.gamma"'),
+        (state_of() | {"blocks.999999999.x": torch.ones(1)}, "blocks.999999999 without"),
+        (state_of() | {"pos_embed": torch.ones(1, 18, 64)}, "size mismatch for pos_embed"),
+        (state_of() | {"blocks.1.mlp.fc1.weight": torch.ones(10**6)}, "size mismatch for blocks.1.mlp.fc1.weight"),
+    ],
+)
+def test_files_that_do_not_fit(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(MaelabError) as refusal:
+        load_model(tmp_path / "a.pth")
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "compressed", "large"])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_damaged_files(name, damage, tmp_path, monkeypatch):
+    file = tmp_path / name
+    (torch.save if name == "a.pth" else save_file)(state_of(), file)
+    content = file.read_bytes()
+    if damage == "compressed" and name == "a.pth":  # a zip bomb would be one
+        with zipfile.ZipFile(tmp_path / "old", "w", zipfile.ZIP_DEFLATED) as new, zipfile.ZipFile(file) as old:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+        content = (tmp_path / "old").read_bytes()
+    file.write_bytes(
+        {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff\0" * 99}.get(damage, content)
+    )
+    if damage == "large":
+        monkeypatch.setattr(weights, "MAX_WEIGHTS", 1000)
+    if damage == "compressed" and name != "a.pth":
+        file.write_bytes((2**62).to_bytes(8, "little") + content[8:])  # a header of 2**62 bytes
+    with pytest.raises(MaelabError, match=r"a\.\w+ is damaged or not safe to read: .+"):
+        load_model(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "bert"}, "is a model of type 'bert'; of transformers, maelab reads"),
+        ("config.json", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("config.json", {"num_attention_heads": -4}, "num_attention_heads is -4"),
+        ("config.json", {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        ("config.json", {"num_attention_heads": 5}, "num_heads 5 does not divide embed_dim 32"),
+        ("config.json", {"image_size": 10**9}, "damaged or "),
+        ("config.json", {"image_size": 64}, "size mismatch for pos_embed"),
+        ("config.json", {"image_size": "big"}, "damaged or "),
+        ("config.json", {"image_size": [16]}, "damaged or "),
+        ("config.json", {"decoder_num_hidden_layers": 10**9}, "1000000000 decoder blocks"),
+        ("config.json", {"mask_ratio": 1.5}, "mask_ratio 1.5"),
+        ("config.json", {"mask_ratio": None}, "damaged or "),
+        ("config.json", {"hidden_act": "relu"}, "has another activation or layer norm than maelab's"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "for 3 channels"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0.5, 0]}, "for 3 channels"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "damaged or "),
+    ],
+)
+def test_folders_of_transformers_that_do_not_fit(file, change, message, vit_mae, tmp_path):
+    folder = Path(shutil.copytree(vit_mae[1], tmp_path / "model"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(MaelabError) as refusal:
+        load_model(folder)
+    assert message in str(refusal.value) and str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_folders_without_weights_or_with_a_damaged_config(vit_mae, tmp_path):
+    folder = Path(shutil.copytree(vit_mae[1], tmp_path / "model"))
+    (folder / "preprocessor_config.json").write_text("[" * 10**6)
+    with pytest.raises(MaelabError, match=r"preprocessor_config\.json is damaged"):
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MaelabError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"model_type": "vit"')
+    assert read_foreign(folder) is None
+
+
+def test_the_hub_without_a_network(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        MaelabError, match=r"^cannot get hf:facebook/vit-mae-base from the Hugging Face hub or its cache"
+    ):
+        read_spec("hf:facebook/vit-mae-base")
+    with pytest.raises(MaelabError, match=r"^cannot get hf:../../etc from"):
+        read_spec("hf:../../etc")
+
+
+def test_the_cache_of_the_hub(monkeypatch, tmp_path, vit_mae):
+    """What transformers fetched before is found without a network."""
+    from huggingface_hub import constants
+
+    entry = tmp_path / "models--who--mae"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(vit_mae[1], entry / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    ours = load_model("hf:who/mae")[0].state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in load_model(vit_mae[1])[0].state_dict().items())
+
+
+# --- fine-tuning from them ------------------------------------------------------------------------------------------
+
+
+def test_finetune_at_another_image_and_patch_size(maelab, vit_mae, cifar_folder, tmp_path):
+    """As ImageNet's weights go to CIFAR-10: 16 x 16 images in patches of 4 -> 32 x 32 in patches of 8 or of 2."""
+    few = ("--data", f"folder:{cifar_folder}", "--limit", 32, "--batch-size", 16, "--epochs", 1, "--threads", 1)
+    command = ("finetune", "smoke", "--init", vit_mae[1], *few, "--kernels", "torch", "--precision", "fp32", "--json")
+    refused = maelab.run(*command, "--patch-size", 2, cwd=tmp_path)
+    assert refused.error().endswith("has 4; --adapt-patch-embed resize makes it fit")
+    same = maelab.run(*command, "--out", "same", cwd=tmp_path).json()
+    assert same["adapted"] == ["position embedding 4x4 -> 8x8: interpolate"]
+    resize = ("--adapt-patch-embed", "resize", "--patch-size", 2, "--global-pool", "token", "--class-token")
+    result = maelab.run(*command, *resize, "--out", "resized", cwd=tmp_path).json()
+    assert result["adapted"] == ["position embedding 4x4 -> 16x16: interpolate", "patches 4x4 -> 2x2 pixels: resize"]
+    spec = read_spec(tmp_path / "resized")
+    assert (spec.arguments["patch_size"], spec.arguments["num_heads"]) == (2, 4)
+    evaluate = maelab.run("evaluate", vit_mae[1], cwd=tmp_path)
+    assert evaluate.error() == "this model comes from another library; name the data set with --data"
