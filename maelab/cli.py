@@ -198,7 +198,7 @@ def probe(arguments: list[str]) -> None:
     args = _parse(Arguments, rest, "probe RUN", Arguments(ProbeConfig(init=run)))
     from maelab.tasks.probe import probe
 
-    folder, result = probe(args.config, options=args.options, recipe=Path(run).name)
+    folder, result = probe(args.config, options=args.options, recipe=Path(run).name.replace(":", "-"))
     test, val = result["test"], result["val"]
     text = "\n".join(
         f"{name} accuracy {test[key]:.4f} on test, {val[key]:.4f} on validation"
@@ -530,18 +530,19 @@ def info(arguments: list[str]) -> None:
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "info")
-    from maelab.runs import is_complete, read_checkpoint, read_json, read_metrics
+    from maelab.runs import is_complete, locate, read_checkpoint, read_json, read_metrics
 
-    config, result = read_json(args.run / "config.json"), read_json(args.run / "result.json")
-    metrics = read_metrics(args.run)
-    summary: dict[str, Any] = {"run": str(args.run), "complete": is_complete(args.run)}
+    folder = locate(args.run)
+    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    metrics = read_metrics(folder)
+    summary: dict[str, Any] = {"run": str(args.run), "complete": is_complete(folder)}
     if "task" in config and not metrics:
         summary |= {"config": config, "epochs_done": 0}
     else:
         spec = read_checkpoint(args.run)
         summary |= {key: spec[key] for key in ("model", "arguments", "class_names")}
         summary |= {"config": config, "epochs_done": max((row["epoch"] for row in metrics), default=0)}
-        summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(args.run / "env.json")}
+        summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(folder / "env.json")}
     state = "complete" if summary["complete"] else f"unfinished, {summary['epochs_done']} epochs done"
     what = (
         f"{config['task']} {config['recipe']} ({state})" if "task" in config else f"checkpoint of a {summary['model']}"

@@ -14,6 +14,7 @@ from typing import Any
 from maelab.errors import RunError, UsageError
 
 MODELS = ("MaskedAutoencoderViT", "VisionTransformer", "Linear")  # what a checkpoint may hold
+PRETRAINED = Path(__file__).parent / "pretrained"  # a folder for each name of maelab:NAME
 LARGEST_JSON = 2**26  # bytes; what is larger was not written by maelab
 
 
@@ -76,13 +77,32 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def locate(path: str | Path) -> Path:
+    """The folder that `path` means: maelab:NAME is one that comes with maelab, anything else is itself.
+
+    Raises:
+        UsageError: if none of that name comes with maelab.
+    """
+    if not str(path).startswith("maelab:"):
+        return Path(path)
+    name = str(path).removeprefix("maelab:")
+    names = sorted(file.parent.name for file in PRETRAINED.glob("*/model.safetensors"))
+    if name not in names:
+        there = f"choose from {', '.join(f'maelab:{other}' for other in names)}" if names else "this copy holds none"
+        raise UsageError(f"no pretrained weights are called {path}; {there}")
+    return PRETRAINED / name
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the best (else the last) checkpoint of a run folder.
+
+    Args:
+        path: run folder, checkpoint folder, or maelab:NAME for one that comes with maelab.
 
     Raises:
         UsageError: if there is none.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.exists():
         raise UsageError(f"no run folder or checkpoint at {path}")
     for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "last"):
@@ -250,5 +270,8 @@ def _reported():
 def _flatten(content: dict[str, Any], before: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in content.items():
-        flat |= _flatten(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{before}{name}.")
+        elif not isinstance(value, list):  # a confusion matrix is nothing to list
+            flat[before + name] = value
     return flat

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes", "runs", "data", "weights"),
     ("training", "inference", "figures"),
     ("tasks",),
-    ("sweep", "report", "demo", "export", "bench"),
+    ("sweep", "report", "demo", "export", "bench", "pretrained"),
     ("__init__",),
     ("cli",),
     ("__main__",),
@@ -28,7 +28,7 @@ SIBLINGS: frozenset[tuple[str, str]] = frozenset()  # (importer, imported)
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 ENGINE = {"lightning", "lightning_fabric", "pytorch_lightning"}
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "transformers"} | ENGINE
-NO_TORCH = ("config", "recipes", "runs", "report")
+NO_TORCH = ("config", "recipes", "runs", "report", "pretrained")
 
 Files = dict[str, tuple[str, bool]]  # dotted name -> source, and whether it is a package's __init__
 

@@ -1,0 +1,14 @@
+"""python -m maelab.pretrained RUN NAME"""
+
+import sys
+
+from maelab.errors import MaelabError, UsageError
+from maelab.pretrained import ship
+
+try:
+    if len(sys.argv) != 3:
+        raise UsageError("usage: python -m maelab.pretrained RUN NAME")
+    print(ship(sys.argv[1], sys.argv[2]))
+except MaelabError as error:
+    print(f"maelab: {error}", file=sys.stderr)
+    sys.exit(error.exit_status)

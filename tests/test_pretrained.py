@@ -1,0 +1,139 @@
+"""Weights by name: a finished run is shipped, and every command that takes a run takes its name."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from processes import draw_little, environment
+
+from maelab import cli, figures, load_model, pretrained, runs
+from maelab.errors import UsageError
+from maelab.pretrained import command, ship
+from maelab.tasks import finetune, pretrain
+
+SMALL = ("--limit", "64", "--batch-size", "32", "--threads", "1", "--kernels", "torch", "--json", "--epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def tiny(digits_folder, tmp_path_factory):
+    """(run folder of a tiny autoencoder, data flags)."""
+    threads, run = torch.get_num_threads(), tmp_path_factory.mktemp("tiny") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
+            patch.setattr(module, name, getattr(module, name))  # to have it back
+        draw_little()
+        data = ("--data", f"folder:{digits_folder}")
+        assert cli.main(["pretrain", "smoke", *data, *SMALL, "--mask-ratio", "0.5", "--flip", "--out", str(run)]) == 0
+        yield run, data
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shipped(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    return ship(tiny[0], "tiny-mae")
+
+
+def test_a_name_serves_wherever_a_run_does(tiny, shipped, capsys):
+    for line in (
+        ["info", "maelab:tiny-mae"],
+        ["evaluate", "maelab:tiny-mae", "--threads", "1"],
+        ["reconstruct", "maelab:tiny-mae", "--threads", "1", "--count", "2"],
+        ["probe", "maelab:tiny-mae", *SMALL],
+        ["finetune", "smoke", "--init", "maelab:tiny-mae", *tiny[1], *SMALL],
+    ):
+        capsys.readouterr()
+        line = line if "--json" in line else [*line, "--json"]
+        assert cli.main(line) == 0, capsys.readouterr().err
+        answer = json.loads(capsys.readouterr().out)
+        if line[0] == "evaluate":
+            assert answer["run"] == "maelab:tiny-mae"
+            assert cli.main([*line[:1], str(tiny[0]), *line[2:]]) == 0
+            assert answer["masked_mse"] == json.loads(capsys.readouterr().out)["masked_mse"]
+    assert runs.read_json(Path("runs/probe-maelab-tiny-mae-1/config.json"))["init"] == "maelab:tiny-mae"
+    ours, _ = load_model("maelab:tiny-mae")
+    theirs, _ = load_model(tiny[0])
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_the_card_says_what_the_run_was(tiny, shipped):
+    assert sorted(file.name for file in shipped.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    card, result = (shipped / "README.md").read_text(), runs.read_json(tiny[0] / "result.json")
+    for text in (
+        "maelab pretrain smoke --data folder:",
+        "--batch-size 32",
+        "--flip",
+        "seed 0",
+        f"{result['val']['masked_mse']:.4f}",
+        f"{result['val']['knn_accuracy']:.4f}",
+        f"{result['params']:,} parameters",
+        "MIT",
+        "Limits: one run of one seed",
+        "28x28 pixels with\n1 channel scaled",
+        runs.read_json(tiny[0] / "env.json")["torch"],
+    ):
+        assert text in card, card
+    assert json.loads(card.split("```json")[1].split("```")[0]) == runs.read_json(tiny[0] / "config.json")
+
+
+def test_the_command_of_the_card_makes_the_same_config(tiny, monkeypatch):
+    config = runs.read_json(tiny[0] / "config.json")
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda config, **_: seen.append(config) or (Path(), {}))
+    cli.main([word.strip("'") for word in command(config).split()][1:])
+    assert json.loads(json.dumps(vars(seen[0]))).items() <= config.items()
+
+
+def test_the_card_of_a_classifier(tmp_path):
+    config = {"task": "finetune", "recipe": "mnist", "seed": 3, "val_fraction": 0.05, "split_seed": 0}
+    scores = {"val": {"accuracy": 0.98765}, "test": {"accuracy": 0.99123}}
+    result = {"data": "mnist", "params": 1, "best_epoch": 5, "epochs": 6, "train_time_s": 60, **scores}
+    checkpoint = {"arguments": {"img_size": [28, 28], "in_chans": 1}, "class_names": ("0", "1")}
+    card = pretrained.card("x", config, {}, result, checkpoint)
+    assert "| accuracy on the test images, read once | 0.9912 |" in card and "epoch 5 of 6" in card
+    assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --seed 3`" in card
+
+
+def test_refusals(tiny, shipped, tmp_path, monkeypatch):
+    def refused(run: Path | str, name: str, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            ship(run, name)
+
+    refused(tiny[0], "tiny-mae", "tiny-mae exists; choose another name")
+    for name in ("../up", "a/b", "", "Big", "-x"):
+        refused(tiny[0], name, "is no name for weights")
+    refused("nowhere", "a", "nowhere is not the folder of a finished")
+    unfinished = Path(shutil.copytree(tiny[0], tmp_path / "unfinished"))
+    (unfinished / "result.json").unlink()
+    refused(unfinished, "a", "unfinished is not the folder of a finished")
+    monkeypatch.setattr(pretrained, "LARGEST", 1000)
+    refused(tiny[0], "a", r"model.safetensors has 0\.\d MB; at most 0 are shipped")
+    assert [p.name for p in runs.PRETRAINED.iterdir()] == ["tiny-mae"]
+    for name in ("maelab:other", "maelab:../../etc", "maelab:"):
+        with pytest.raises(UsageError, match=f"^no pretrained weights are called {name}; choose from maelab:tiny-mae$"):
+            runs.find_checkpoint(name)
+    shutil.rmtree(shipped)
+    with pytest.raises(UsageError, match="this copy holds none"):
+        runs.find_checkpoint("maelab:a")
+
+
+def test_the_script_refuses_in_one_line(tmp_path):
+    line = [sys.executable, "-m", "maelab.pretrained", "nowhere", "a"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    message = "maelab: nowhere is not the folder of a finished pretraining or fine-tuning\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_a_wheel_holds_the_weights():
+    root = Path(__file__).parents[1]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["maelab"]
+    files = [f"pretrained/tiny/{file}" for file in ("model.safetensors", "config.json", "README.md")]
+    files += [str(path.relative_to(root / "maelab")) for path in runs.PRETRAINED.glob("*/*") if path.suffix != ".pyc"]
+    assert all(any(fnmatch(file, pattern) for pattern in declared) for file in files), (files, declared)
