@@ -115,6 +115,42 @@ def _with_recipe(task: str, arguments: list[str], command: str | None = None) ->
     return arguments[0], recipes.get(task, arguments[0])
 
 
+def _typed(arguments: list[str]) -> set[str]:
+    """The fields whose flags are there."""
+    flags = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+
+
+def _parse_recipe(kind: Any, task: str, arguments: list[str], command: str | None = None) -> tuple[str, Any]:
+    """Name of the recipe, and `kind`, whose first field is its config, parsed; recipe folder looks at the images."""
+    recipe, config = _with_recipe(task, arguments, command)
+    flags, line = arguments[recipe != "RECIPE" :], f"{command or task} {recipe}"
+    args = _parse(kind, flags, line, kind(config))
+    if recipe == "folder":
+        args = _parse(kind, flags, line, kind(_for_folder(task, args.config, _typed(flags))))
+    return recipe, args
+
+
+def _for_folder(task: str, given: Any, typed: set[str]) -> Any:
+    """The config of recipe folder for the images that lie there; says what was found and chosen."""
+    if "data" not in typed:
+        raise UsageError(f"{task} folder needs --data folder:PATH, your folder of images")
+    from maelab.data.folder import scan
+    from maelab.runs import read_checkpoint
+    from maelab.training.runlog import say
+
+    found, init = scan(given.data), getattr(given, "init", "none")
+    fixed = {field: getattr(given, field) for field in ("img_size", "patch_size") if field in typed}
+    if init != "none":
+        has = read_checkpoint(init)["arguments"]
+        fixed = {"img_size": tuple(has.get("img_size", ())) or None, "patch_size": has.get("patch_size")} | fixed
+    images = found.labelled if task == "finetune" else found.labelled + found.unlabelled
+    config: Any = recipes.get(task, "folder", images=images, side=found.side, grey=found.grey, **fixed)
+    for line in [*found.lines(), recipes.explain_folder(config, images, found.side, found.grey, init)]:
+        say(line)
+    return config
+
+
 def data(arguments: list[str]) -> None:
     """download and verify data sets: mnist, fashion-mnist, cifar10"""
 
@@ -144,8 +180,7 @@ def pretrain(arguments: list[str]) -> None:
         options: RunOptions = field(default_factory=RunOptions)
         output: Output = field(default_factory=Output)
 
-    recipe, config = _with_recipe("pretrain", arguments)
-    args = _parse(Arguments, arguments[recipe != "RECIPE" :], f"pretrain {recipe}", Arguments(config))
+    recipe, args = _parse_recipe(Arguments, "pretrain", arguments)
     from maelab.tasks.pretrain import pretrain
 
     folder, result = pretrain(args.config, options=args.options, recipe=recipe)
@@ -163,8 +198,7 @@ def finetune(arguments: list[str]) -> None:
         options: RunOptions = field(default_factory=RunOptions)
         output: Output = field(default_factory=Output)
 
-    recipe, config = _with_recipe("finetune", arguments)
-    args = _parse(Arguments, arguments[recipe != "RECIPE" :], f"finetune {recipe}", Arguments(config))
+    recipe, args = _parse_recipe(Arguments, "finetune", arguments)
     from maelab.tasks.finetune import finetune, with_encoder_of
     from maelab.training.checkpoint import read_spec
 
@@ -173,14 +207,49 @@ def finetune(arguments: list[str]) -> None:
         for f in dataclasses.fields(fitting):
             given, needed = getattr(args.config, f.name), getattr(fitting, f.name)
             flag = f"--{f.name.replace('_', '-')}"
-            typed = {a.split("=")[0].replace("_", "-").replace("--no-", "--") for a in arguments}
-            if given != needed and flag in typed:
+            if given != needed and f.name in _typed(arguments):
                 hint = "; --adapt-patch-embed resize makes it fit" if f.name == "patch_size" else ""
                 raise UsageError(f"{flag} {given} does not fit --init {args.config.init}, which has {needed}{hint}")
     folder, result = finetune(args.config, options=args.options, recipe=recipe)
     test, val = result["test"]["accuracy"], result["val"]["accuracy"]
     text = f"test accuracy {test:.4f} (validation {val:.4f}, best epoch {result['best_epoch']} of {result['epochs']})"
     _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+
+
+def fit(arguments: list[str]) -> None:
+    """do it all for a folder of images, within a given time: maelab fit FOLDER"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        folder: Positional[Path | None] = None
+        """images: a sub-folder for each class, those without a class in unlabelled/, or all directly in the folder"""
+        minutes: float = 30
+        """time to spend"""
+        seed: int = 0
+        """seed of initialisation, order, augmentation and masks"""
+        out: Path | None = None
+        """folder for runs, page and verdict; None is runs/fit-NAME. Stopped, the same command goes on"""
+        overwrite: bool = False
+        """begin anew where the folder holds another fit"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "fit")
+    if args.folder is None:
+        raise UsageError("fit needs a folder of images: maelab fit FOLDER")
+    from maelab.fit import fit
+
+    result = fit(
+        args.folder,
+        minutes=args.minutes,
+        seed=args.seed,
+        out=args.out,
+        overwrite=args.overwrite,
+        options=args.options,
+    )
+    lines = [result["verdict"], f"next: {result['next']}", f"page: {result['report']}"]
+    lines += [f"picture: {result['reconstruction']}", *([f"model: {result['model']}"] if result["model"] else [])]
+    _print(args.output, result, "\n".join(lines))
 
 
 def probe(arguments: list[str]) -> None:
@@ -567,9 +636,8 @@ def sweep(arguments: list[str]) -> None:
         options: RunOptions = field(default_factory=RunOptions)
         output: Output = field(default_factory=Output)
 
-    recipe, config = _with_recipe("pretrain", arguments, "sweep")
+    recipe, args = _parse_recipe(Arguments, "pretrain", arguments, "sweep")
     command, flags = f"sweep {recipe}", arguments[recipe != "RECIPE" :]
-    args = _parse(Arguments, flags, command, Arguments(config))
     axes = []
     for axis in args.grid:
         name, equals, values = axis.partition("=")
@@ -581,12 +649,13 @@ def sweep(arguments: list[str]) -> None:
     cells = {}
     for settings in itertools.product(*axes):  # parsed like flags, so that a wrong one is refused before any work
         more = [word for name, value in settings for word in (f"--{name.replace('_', '-')}", value)]
-        cells[settings] = _parse(Arguments, [*flags, *more], command, Arguments(config)).config
+        cells[settings] = _parse(Arguments, [*flags, *more], command, args).config
     judging = recipes.get("finetune", recipe if recipe != "RECIPE" else "mnist")
     assert isinstance(judging, FinetuneConfig)
     finetuning = dataclasses.replace(
         judging, epochs=args.finetune_epochs, data=args.config.data, limit=args.config.limit,
         seed=args.config.seed, precision=args.config.precision, val_fraction=args.config.val_fraction,
+        img_size=args.config.img_size,
     )  # fmt: skip
     from maelab.sweep import sweep
 
@@ -694,6 +763,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "pretrain": pretrain,
     "finetune": finetune,
+    "fit": fit,
     "probe": probe,
     "evaluate": evaluate,
     "predict": predict,

@@ -4,7 +4,9 @@ Each docstring says the command, the time it takes and what comes out; a variant
 """
 
 import difflib
+import math
 from dataclasses import replace
+from typing import Any
 
 from maelab.config import FinetuneConfig, PretrainConfig
 from maelab.errors import UsageError
@@ -97,6 +99,93 @@ def finetune_cifar10() -> FinetuneConfig:
     )
 
 
+def pretrain_folder(
+    images: int = 1_000,
+    side: int = 64,
+    grey: bool = False,
+    patch_size: int | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> PretrainConfig:
+    """`maelab pretrain folder --data folder:PHOTOS`: images of your own; the command finds out the arguments itself.
+
+    Takes minutes to hours, as `maelab fit` does within a time you give. The image size is the median side of the
+    images as a multiple of the patch size, between 32 and 224, the patch size the smallest that gives at most 14 x 14
+    patches; fewer images get a smaller model, smaller batches and more epochs.
+
+    Args:
+        images: how many there are to train on.
+        side: the median of their shorter sides, in pixels.
+        grey: whether they have no colours; those are not mirrored, for they may be letters.
+        patch_size: to have another.
+        img_size: height and width, to have others.
+    """
+    side = min(224, max(32, side if img_size is None else min(img_size)))
+    patch_size = patch_size or next(p for p in (4, 8, 12, 16) if round(side / p) <= 14)
+    side = patch_size * max(2, round(side / patch_size))
+    patches = (side // patch_size) ** 2
+    batch = 2 ** max(4, min(8 if patches <= 100 else 7, int(math.log2(max(1, images / 16)))))
+    return PretrainConfig(
+        data="folder:PATH",
+        val_fraction=_val_fraction(images),
+        img_size=img_size or (side, side),
+        patch_size=patch_size,
+        embed_dim=96 if images < 5_000 else 192,
+        depth=6 if images < 50_000 else 12,
+        num_heads=3,
+        class_token=False,
+        decoder_embed_dim=96,
+        decoder_depth=2,
+        decoder_num_heads=3,
+        batch_size=batch,
+        epochs=round(min(400, max(20, 600_000 / max(1, images)))),
+        optimizer="muon",
+        crop_padding=side // 8,
+        flip=not grey,
+    )
+
+
+def finetune_folder(
+    images: int = 1_000,
+    side: int = 64,
+    grey: bool = False,
+    patch_size: int | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> FinetuneConfig:
+    """`maelab finetune folder --init RUN --data folder:LABELLED`: a classifier of your own images.
+
+    Takes minutes to an hour. The arguments are those of `pretrain_folder`, `images` counting the labelled ones.
+    """
+    before = pretrain_folder(images, side, grey, patch_size, img_size)
+    kept = ("data", "val_fraction", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "class_token")
+    kept += ("batch_size", "optimizer", "crop_padding", "flip")
+    return FinetuneConfig(
+        **{field: getattr(before, field) for field in kept},
+        epochs=round(min(60, max(10, 100_000 / max(1, images)))),
+        muon_lr=0.01,
+        label_smoothing=0.1,
+    )
+
+
+def explain_folder(
+    config: PretrainConfig | FinetuneConfig, images: int, side: int, grey: bool, init: str = "none"
+) -> str:
+    """What recipe folder chose and why, in one line; the arguments are those that it was made from."""
+    assert config.img_size is not None
+    (height, width), patch = config.img_size, config.patch_size
+    size = f"from --init {init}" if init != "none" else f"near the median side {side}, between 32 and 224"
+    return (
+        f"chosen for {images} images: {height}x{width} pixels ({size}), {height // patch * (width // patch)} patches of"
+        f" {patch}x{patch}; {'1 channel' if grey else '3 channels'}; width {config.embed_dim}, {config.depth} blocks;"
+        f" {config.epochs} epochs in batches of {config.batch_size} (fewer images: a smaller model, more epochs);"
+        f" {config.val_fraction:.0%} held out for validation by seed; mirrored: {'yes' if config.flip else 'no'}"
+    )
+
+
+def _val_fraction(images: int) -> float:
+    """A fifth of few images and a twentieth of many: about 1,000 in between."""
+    return round(min(0.2, max(0.05, 1_000 / max(1, images))), 4)
+
+
 def pretrain_smoke() -> PretrainConfig:
     """`maelab pretrain smoke`: two narrow blocks and a few steps, to see every command work within seconds."""
     return replace(
@@ -125,8 +214,8 @@ def names(task: str) -> list[str]:
     return [name.removeprefix(f"{task}_") for name in globals() if name.startswith(f"{task}_")]
 
 
-def get(task: str, name: str) -> PretrainConfig | FinetuneConfig:
-    """The config of a recipe.
+def get(task: str, name: str, **found: Any) -> PretrainConfig | FinetuneConfig:
+    """The config of a recipe; `found` are its arguments, if it takes any.
 
     Raises:
         UsageError: if there is no such recipe; names the nearest.
@@ -135,4 +224,4 @@ def get(task: str, name: str) -> PretrainConfig | FinetuneConfig:
         near = difflib.get_close_matches(name, names(task), 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names(task))}"
         raise UsageError(f"there is no {task} recipe {name!r}; {hint}")
-    return globals()[f"{task}_{name}"]()
+    return globals()[f"{task}_{name}"](**found)

@@ -167,7 +167,7 @@ def _serve() -> None:
     # What a command imports or builds only when it runs is done here too, so that each fork has it.
     import torch.utils.tensorboard  # noqa: F401
 
-    from maelab import figures
+    from maelab import figures, fit  # noqa: F401
     from maelab.cli import main
     from maelab.tasks import attention, evaluate, features, predict, probe, reconstruct  # noqa: F401
 

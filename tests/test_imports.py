@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),
+    ("fit",),
     ("__init__",),
     ("cli",),
     ("__main__",),

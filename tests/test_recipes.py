@@ -13,7 +13,7 @@ from maelab.model import MaskedAutoencoderViT
 from maelab.tasks import finetune, pretrain
 from maelab.weights import load_encoder
 
-SHAPES = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "folder:PATH": (3, 64, 64)}
 EVERY = [(task, name) for task in ("pretrain", "finetune") for name in recipes.names(task)]
 
 

@@ -57,6 +57,7 @@ class Dataset:
         class_names: by label; () without labels.
         checksums: file or array name -> MD5.
         skipped: images that could not be decoded, each "PATH (reason)".
+        unlabelled: training images without a class, beside those with one; only pretraining takes them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Dataset:
     class_names: tuple[str, ...]
     checksums: dict[str, str]
     skipped: tuple[str, ...] = ()
+    unlabelled: ImageSet | None = None
 
 
 def load(
@@ -195,17 +197,24 @@ def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.
     return order, rank, sizes[shuffled]
 
 
-def training_sets(data: Dataset, config: DataConfig, fraction: float = 1.0) -> tuple[ImageSet, ImageSet]:
+def training_sets(
+    data: Dataset, config: DataConfig, fraction: float = 1.0, unlabelled: bool = False
+) -> tuple[ImageSet, ImageSet]:
     """The training and validation parts that a run's config asks for.
 
     Args:
         data: the whole data set.
         config: val_fraction, split_seed and limit are read.
         fraction: share of the training labels to keep, class-balanced.
+        unlabelled: train on the unlabelled images as well; their label is -1.
     """
     train, val = split(data.train, config.val_fraction, config.split_seed)
     if fraction < 1:
         train = label_fraction(train, fraction, config.split_seed)
+    if unlabelled and data.unlabelled is not None:
+        assert train.labels is not None and data.unlabelled.labels is not None
+        labels = torch.cat([train.labels, data.unlabelled.labels])
+        train = ImageSet(torch.cat([train.images, data.unlabelled.images]), labels)
     if config.limit is not None:
         train = limit(train, config.limit, config.split_seed)
     if not len(train) or not len(val):

@@ -1,8 +1,9 @@
 """Images of the user's own: `folder:PATH`.
 
 Layouts: one sub-folder per class; `train/` and `test/`, each with one sub-folder per class; or images without classes
-directly in the folder, for pretraining. Without `test/`, a tenth of every class is held out as the test part, fixed by
-the sorted file names.
+directly in the folder, for pretraining. Beside classes, a sub-folder `unlabelled/` holds images without a class, which
+only pretraining sees. Without `test/`, a tenth of every class is held out as the test part, fixed by the sorted file
+names.
 
 Decoding: PNG, JPEG, WebP and BMP (the first frame); EXIF orientation is applied; transparent pixels are shown on
 white; 16-bit grey is scaled to 8 bits. Whatever cannot be decoded is named, skipped and counted.
@@ -15,8 +16,10 @@ import hashlib
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -34,19 +37,139 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _TEST_FRACTION, _TEST_SEED = 0.1, 0
 _MEMORY_SHARE = 0.8  # of what is free may be filled
+_UNLABELLED = ("unlabelled", "unlabeled")
 _Result = TypeVar("_Result")
 
 
 class _File(NamedTuple):
     path: Path
-    label: int  # -1 without classes
+    label: int  # -1 without a class
     test: bool
 
 
 class _Header(NamedTuple):
     height: int  # as shown, after EXIF orientation
     width: int
-    grey: bool
+    mode: str
+    animated: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look at the headers of a folder's images says.
+
+    Args:
+        classes: class name -> its images, those for testing left out; {} without classes.
+        unlabelled: images without a class.
+        test: images for testing.
+        held_out: whether they are held out by seed, because the folder has no test/.
+        side: median shorter side of all images, in pixels.
+        smallest, largest: (height, width) of the images with the fewest and the most pixels.
+        modes: Pillow's name of the pixel format -> images.
+        animated: images of which only the first frame is used.
+        broken: those without a readable header, each "PATH (reason)"; broken pixels show only on decoding.
+        ignored: suffix -> files that are not looked at.
+        fingerprint: of the names, sizes and times of change of all image files.
+    """
+
+    classes: dict[str, int]
+    unlabelled: int
+    test: int
+    held_out: bool
+    side: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    modes: dict[str, int]
+    animated: int
+    broken: tuple[str, ...]
+    ignored: dict[str, int]
+    fingerprint: str
+
+    @property
+    def labelled(self) -> int:
+        """Images to learn classes from."""
+        return sum(self.classes.values())
+
+    @property
+    def grey(self) -> bool:
+        """Whether no image has colours."""
+        return self.modes.keys() <= set(_GREY_MODES)
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        (a, b), (c, d) = self.smallest, self.largest
+        modes = ", ".join(f"{count} {mode}" for mode, count in self.modes.items())
+        lines = [f"found {self.labelled + self.unlabelled + self.test} images, {a}x{b} to {c}x{d} (height x width)"]
+        lines[0] += f", median shorter side {self.side}; {modes}"
+        if self.classes:
+            shown = [f"{name} {count}" for name, count in list(self.classes.items())[:20]]
+            shown += [f"and {len(self.classes) - 20} more"] if len(self.classes) > 20 else []
+            kept = f"{self.test} for testing, {'held out by seed' if self.held_out else 'in test/'}"
+            lines.append(f"{len(self.classes)} classes: {', '.join(shown)}; {self.unlabelled} unlabelled; {kept}")
+        else:
+            lines.append("no classes: all images are unlabelled")
+        if self.broken:
+            named = "; ".join(self.broken[:3]) + ("; ..." if len(self.broken) > 3 else "")
+            lines.append(f"unreadable, left out: {len(self.broken)}: {named}")
+        if self.animated:
+            lines.append(f"animated, only the first frame is used: {self.animated}")
+        if self.ignored:
+            named = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored.items())
+            lines.append(f"other files, ignored: {named}")
+        return lines
+
+
+def scan(spec: str) -> Found:
+    """Look at the images of "folder:PATH" without decoding them.
+
+    Raises: UsageError (no such folder, no images, unclear layout).
+    """
+    root = _root(spec)
+    files, class_names, given = _list_files(root)
+    fingerprint = _fingerprint(files, root)
+    broken: list[str] = []
+    pairs = list(_each(_read_header, files, root, broken))
+    if not pairs:
+        raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
+    files, headers = [file for file, _ in pairs], [header for _, header in pairs]
+    if class_names and not given:
+        files = _hold_out(files)
+    other = (path for path in root.rglob("*") if path.is_file() and path.name[0] != ".")
+    ignored = Counter(path.suffix.lower() for path in other if path.suffix.lower() not in SUFFIXES)
+    count = Counter(file.label for file in files if not file.test)
+    by_area = sorted(headers, key=lambda header: header.height * header.width)
+    return Found(
+        classes={name: count[label] for label, name in enumerate(class_names)},
+        unlabelled=count[-1],
+        test=sum(file.test for file in files),
+        held_out=bool(class_names) and not given,
+        side=int(median(min(header.height, header.width) for header in headers)),
+        smallest=(by_area[0].height, by_area[0].width),
+        largest=(by_area[-1].height, by_area[-1].width),
+        modes=dict(Counter(header.mode for header in headers).most_common()),
+        animated=sum(header.animated for header in headers),
+        broken=tuple(sorted(broken)),
+        ignored=dict(ignored.most_common()),
+        fingerprint=fingerprint,
+    )
+
+
+def _fingerprint(files: list[_File], root: Path) -> str:
+    """Changes when a file comes, goes, moves to another class or is written: SHA-256 of names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.path.stat()
+        line = (str(file.path.relative_to(root)), file.label, file.test, stat.st_size, stat.st_mtime_ns)
+        digest.update(repr(line).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _root(spec: str) -> Path:
+    if not spec.startswith("folder:"):
+        raise UsageError(f"--data {spec} is no folder of images; write --data folder:PATH")
+    if not (path := spec.removeprefix("folder:")):
+        raise UsageError("'folder:' names no folder; write folder:PATH")
+    return Path(path).expanduser()
 
 
 def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Dataset:
@@ -61,9 +184,7 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
         than fits into memory).
     """
-    if not (path := spec.removeprefix("folder:")):
-        raise UsageError("'folder:' names no folder; write folder:PATH")
-    root = Path(path).expanduser()
+    root = _root(spec)
     if in_chans not in (None, 1, 3):
         raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels")
     if img_size is not None and min(img_size) < 1:
@@ -76,9 +197,10 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     files = [file for file, _ in headers]
     if class_names and not held_out:
         files = _hold_out(files)
-    files.sort(key=lambda file: file.test)  # stable: training images first, so that both parts are slices
+    # Stable: labelled, unlabelled, test, so that every part is a slice.
+    files.sort(key=lambda file: (file.test, bool(class_names) and file.label < 0))
     height, width = img_size or _default_size([header for _, header in headers])
-    channels = in_chans or (1 if all(header.grey for _, header in headers) else 3)
+    channels = in_chans or (1 if all(header.mode in _GREY_MODES for _, header in headers) else 3)
     needed, free = len(files) * channels * height * width, _available_memory()
     if needed > _MEMORY_SHARE * free:
         raise RunError(
@@ -100,15 +222,17 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         print(f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}", file=sys.stderr)
-    n_train = sum(not file.test for file in kept)
+    n_train = sum(not file.test and (file.label >= 0 or not class_names) for file in kept)
+    n_test = sum(file.test for file in kept)
     labels = np.array([file.label for file in kept], np.int64)
     checksums = {"images": _md5(images), "labels": _md5(labels)} if class_names else {"images": _md5(images)}
 
     def part(rows: slice) -> ImageSet:
         return ImageSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]) if class_names else None)
 
-    test = part(slice(n_train, None)) if n_train < len(kept) else None
-    return Dataset(spec, part(slice(n_train)), test, class_names, checksums, tuple(skipped))
+    test = part(slice(len(kept) - n_test, None)) if n_test else None
+    unlabelled = part(slice(n_train, len(kept) - n_test)) if n_train + n_test < len(kept) else None
+    return Dataset(spec, part(slice(n_train)), test, class_names, checksums, tuple(skipped), unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
@@ -121,6 +245,11 @@ def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
     if not root.is_dir():
         raise UsageError(f"{root} is a file; folder:PATH takes a folder of images")
     parts = {path.name for path in root.iterdir() if path.is_dir()} if not list_images(root, deep=False) else set()
+    without = sorted(name for name in parts & set(_UNLABELLED) if list_images(root / name))
+    more = [_File(path, -1, False) for name in without for path in list_images(root / name)]
+    parts -= set(_UNLABELLED)
+    if more and not any(list_images(root / name) for name in parts):
+        return more, (), False
     if {"train", "test"} <= parts:
         if extra := sorted(name for name in parts - {"train", "test"} if list_images(root / name)):
             raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there")
@@ -132,26 +261,29 @@ def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...], bool]:
             raise UsageError(f"{root / 'test'} has no classes, but {root / 'train'} has")
         files = [_File(path, class_names.index(name) if name else -1, False) for path, name in train]
         files += [_File(path, class_names.index(name) if name else -1, True) for path, name in test]
-        return files, class_names, True
+        return files + more, class_names, True
     if "train" in parts and parts <= {"train", "val", "valid", "validation"}:
         raise UsageError(
             f"{root} holds {' and '.join(f'{name}/' for name in sorted(parts))}: name the two parts train/ and test/, "
             f"or use folder:{root / 'train'}"
         )
     found, class_names = _list_classes(root)
-    return [_File(path, class_names.index(name) if name else -1, False) for path, name in found], class_names, False
+    files = [_File(path, class_names.index(name) if name else -1, False) for path, name in found]
+    return files + more, class_names, False
 
 
 def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     """Sorted (path, class name) of the images in `folder`, and its classes; the name is "" in a flat folder."""
     loose = list_images(folder, deep=False)
-    subs = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=lambda p: p.name)
+    subs = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in _UNLABELLED)
+    subs = sorted(subs, key=lambda path: path.name)
     by_class = {sub.name: list_images(sub) for sub in subs}
     full = [name for name, images in by_class.items() if images]
     if loose and full:
         raise UsageError(
             f"{folder} holds both images and sub-folders with images ({loose[0].name}, {full[0]}/): "
-            "put every image into the sub-folder of its class, or all of them directly into one folder"
+            "put every image into the sub-folder of its class, images without one into unlabelled/, or all of them "
+            "directly into one folder"
         )
     if not loose and not full:
         raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
@@ -171,9 +303,10 @@ def list_images(folder: Path, deep: bool = True) -> list[Path]:
 
 def _hold_out(files: list[_File]) -> list[_File]:
     """Mark a tenth of every class for testing, always the same for the same sorted file names."""
-    labels = torch.tensor([file.label for file in files])
-    _, chosen = split_indices(labels, len(files), _TEST_FRACTION, _TEST_SEED)
-    test = set(chosen.tolist())
+    labelled = torch.tensor([i for i, file in enumerate(files) if file.label >= 0])
+    labels = torch.tensor([file.label for file in files if file.label >= 0])
+    _, chosen = split_indices(labels, len(labels), _TEST_FRACTION, _TEST_SEED)
+    test = set(labelled[chosen].tolist())
     return [file._replace(test=i in test) for i, file in enumerate(files)]
 
 
@@ -322,7 +455,7 @@ def _read_header(path: Path) -> _Header:
         # A PNG's EXIF data may follow the pixels, and looking for it would decode them here.
         if image.format != "PNG" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # on its side
             width, height = height, width
-        return _Header(height, width, image.mode in _GREY_MODES)
+        return _Header(height, width, image.mode, getattr(image, "is_animated", False))
 
 
 def _default_size(headers: list[_Header]) -> tuple[int, int]:

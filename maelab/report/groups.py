@@ -327,7 +327,8 @@ def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float
 
 @functools.cache
 def _recipes(task: str) -> dict[str, dict[str, Any]]:
-    return {name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in recipes.names(task)}
+    names = [name for name in recipes.names(task) if name != "folder"]  # that one depends on the images
+    return {name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in names}
 
 
 def nearest_recipe(run: Run) -> tuple[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from maelab.inference import class_probabilities, classification_scores, count_p
 from maelab.model import VisionTransformer
 from maelab.runs import read_metrics, write_json
 from maelab.training.checkpoint import ModelSpec, load_model
-from maelab.training.loop import Task, train
+from maelab.training.loop import StepLoss, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, say
 from maelab.weights import load_encoder
@@ -60,6 +60,27 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     arguments |= {"img_size": (height, width), "in_chans": in_chans, "num_classes": len(data.class_names)}
     arguments |= {"drop_path_rate": config.drop_path}
     return ModelSpec("VisionTransformer", arguments, data.name, data.class_names)
+
+
+def make_step_loss(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> StepLoss:
+    """The loss of a training step on `train_set`, as `maelab.training.loop.Task` takes it."""
+    labels = train_set.labels
+    assert labels is not None
+
+    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+        index = batch_index(len(train_set), config.batch_size, config.seed, step)
+        generator = step_generator(config.seed, step)
+        images = augment(train_set.images, index, config, generator, part, parts)
+        truth = labels[rank_slice(index, part, parts).to(labels.device)]
+        images, targets = mix(
+            images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,
+            label_smoothing=config.label_smoothing, rank=part, world=parts,
+        )  # fmt: skip
+        logits = model(images).float()
+        right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
+        return {"loss": F.cross_entropy(logits, targets), "accuracy": right}
+
+    return step_loss
 
 
 def finetune(
@@ -105,21 +126,7 @@ def finetune(
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
             f" {hardware}; {folder}"
         )
-        labels, num_classes = train_set.labels, len(data.class_names)
-        assert labels is not None
-
-        def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
-            index = batch_index(len(train_set), config.batch_size, config.seed, step)
-            generator = step_generator(config.seed, step)
-            images = augment(train_set.images, index, config, generator, part, parts)
-            truth = labels[rank_slice(index, part, parts).to(labels.device)]
-            images, targets = mix(
-                images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,
-                label_smoothing=config.label_smoothing, rank=part, world=parts,
-            )  # fmt: skip
-            logits = model(images).float()
-            right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
-            return {"loss": F.cross_entropy(logits, targets), "accuracy": right}
+        num_classes = len(data.class_names)
 
         def scores(model: Any, part: ImageSet) -> dict[str, float]:
             assert part.labels is not None
@@ -129,7 +136,7 @@ def finetune(
             model=model,
             spec=spec,
             items=len(train_set),
-            step_loss=step_loss,
+            step_loss=make_step_loss(config, train_set, num_classes),
             validate=lambda model, epoch: scores(model, val_set),
             metric="accuracy",
             higher_is_better=True,

@@ -24,7 +24,7 @@ from maelab.inference import (
 from maelab.model import MaskedAutoencoderViT, patchify
 from maelab.runs import read_metrics, write_json
 from maelab.training.checkpoint import ModelSpec
-from maelab.training.loop import Task, train
+from maelab.training.loop import StepLoss, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import open_run, say
 
@@ -64,6 +64,19 @@ def mean_predictor_mse(data: ImageSet, norm_pix_loss: bool, patch_size: int) -> 
     return float(patches.var(dim=0, correction=0).mean())
 
 
+def make_step_loss(config: PretrainConfig, train_set: ImageSet, num_patches: int) -> StepLoss:
+    """The loss of a training step on `train_set`, as `maelab.training.loop.Task` takes it."""
+
+    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+        index = batch_index(len(train_set), config.batch_size, config.seed, step)
+        generator = step_generator(config.seed, step)
+        noise = rank_slice(torch.rand(len(index), num_patches, generator=generator), part, parts)
+        images = augment(train_set.images, index, config, generator, part, parts)
+        return {"loss": model.training_loss(images, config.mask_ratio, noise.to(images.device))}
+
+    return step_loss
+
+
 def pretrain(
     config: PretrainConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:
@@ -94,7 +107,7 @@ def pretrain(
     assert isinstance(model, MaskedAutoencoderViT)
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
     with open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder:
-        train_set, val_set = (part.to(engine.device) for part in training_sets(data, config))
+        train_set, val_set = (part.to(engine.device) for part in training_sets(data, config, unlabelled=True))
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
@@ -102,15 +115,12 @@ def pretrain(
             f" {count_parameters(model) / 1e6:.2f}M parameters; {hardware}; {folder}"
         )
 
-        def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
-            index = batch_index(len(train_set), config.batch_size, config.seed, step)
-            generator = step_generator(config.seed, step)
-            noise = rank_slice(torch.rand(len(index), num_patches, generator=generator), part, parts)
-            images = augment(train_set.images, index, config, generator, part, parts)
-            return {"loss": model.training_loss(images, config.mask_ratio, noise.to(images.device))}
-
         following = config.knn_every > 0 and train_set.labels is not None
         known, queries = some(train_set, KNN_IMAGES, config.split_seed), some(val_set, KNN_QUERIES, config.split_seed)
+        if following and data.unlabelled is not None:
+            assert train_set.labels is not None
+            known = some(train_set[(train_set.labels >= 0).nonzero()[:, 0]], KNN_IMAGES, config.split_seed)
+            following = len(known) > 0
 
         def validate(model: Any, epoch: int) -> dict[str, float]:
             values = masked_mse(model, val_set, config.mask_ratio, config.split_seed)
@@ -125,7 +135,7 @@ def pretrain(
                 model=model,
                 spec=spec,
                 items=len(train_set),
-                step_loss=step_loss,
+                step_loss=make_step_loss(config, train_set, num_patches),
                 validate=validate,
                 metric="loss",
                 higher_is_better=False,

@@ -27,6 +27,7 @@ from maelab.training.optim import build_optimizers, schedule, set_learning_rate
 from maelab.training.parallel import Engine
 from maelab.training.runlog import RunLog
 
+StepLoss = Callable[[Any, int, int, int], dict[str, torch.Tensor]]  # see Task
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
 
 
@@ -58,7 +59,7 @@ class Task:
     model: nn.Module
     spec: ModelSpec
     items: int
-    step_loss: Callable[[Any, int, int, int], dict[str, torch.Tensor]]
+    step_loss: StepLoss
     validate: Callable[[Any, int], dict[str, float]]
     metric: str
     higher_is_better: bool

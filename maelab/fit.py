@@ -1,0 +1,380 @@
+"""From a folder of images to a model within a given time: pretrain, fine-tune, the same from scratch, a verdict."""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from maelab import recipes
+from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions
+from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data.folder import Found, scan
+from maelab.errors import UsageError
+from maelab.inference import class_probabilities, classification_scores, masked_mse
+from maelab.report import report
+from maelab.runs import is_complete, read_json, write_json
+from maelab.tasks import finetune as finetuning
+from maelab.tasks import pretrain as pretraining
+from maelab.tasks.reconstruct import reconstruct
+from maelab.training.loop import Task, train
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.runlog import console, say
+
+STAGES = ("pretrain", "finetune", "scratch")
+_TO_SPEND = 0.85  # of the time left: rates vary while others use the machine
+_DRAWING = 4.0  # seconds for the pictures and the test of each run
+
+
+def fit(
+    folder: Path,
+    *,
+    minutes: float = 30,
+    seed: int = 0,
+    out: Path | None = None,
+    overwrite: bool = False,
+    options: ComputeOptions | None = None,
+) -> dict[str, Any]:
+    """Make a model of a folder of images, whatever is labelled in it, and say what pretraining was worth.
+
+    Pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
+    scratch with the same fine-tuning; the better on validation is the model. How many epochs, a measured rate of steps
+    decides. Each stage is a run folder: stopped, the same call goes on; complete, it only answers again.
+
+    Args:
+        folder: images, in one of the layouts of `maelab.data.folder`.
+        minutes: time to spend in all.
+        seed: of everything random but the cuts.
+        out: folder for the runs, the page and fit.json; None is runs/fit-NAME.
+        overwrite: begin anew where `out` holds another plan.
+        options: where to compute.
+
+    Returns:
+        The content of fit.json: "fit", "found", "plan", "pretrain" (run folder and masked_mse), "reconstruction" (a
+        picture), "report", "model" (what `maelab predict` takes, None without classes), "verdict", "next"; and with
+        classes "val" and "test" ("images", "pretrained", "scratch": accuracies), "difference" of the test accuracies,
+        its "standard_error", "beyond_noise" (more than two of those), and "confused" pairs of classes on test.
+
+    Raises:
+        UsageError, RunError: see maelab.errors.
+        Interrupted: after saving, on Ctrl-C or SIGTERM.
+    """
+    begun = time.perf_counter()
+    if minutes <= 0 or not math.isfinite(minutes):
+        raise UsageError(f"--minutes must be above 0, got {minutes:g}")
+    folder = Path(str(folder).removeprefix("folder:")).expanduser().resolve()
+    out = out or Path("runs") / f"fit-{folder.name}"
+    if out.resolve().is_relative_to(folder):
+        raise UsageError(f"--out {out} lies among your images in {folder}; give --out a folder elsewhere")
+    found = scan(f"folder:{folder}")
+    for line in found.lines():
+        say(line)
+    with _locked(out):
+        asked = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "fingerprint": found.fingerprint}
+        before = _recall(out, asked, overwrite)
+        runs = RunOptions(**vars(options or ComputeOptions()))
+        plan = before or _plan(found, asked, begun, runs)
+        write_json(out / "plan.json", plan)
+        say(_explain_plan(plan))
+        configs = _configs(plan, out)
+        for stage, config in configs.items():
+            if is_complete(out / stage):
+                say(f"{stage}: done before, in {out / stage}")
+                continue
+            run: Callable[..., object] = pretraining.pretrain if stage == "pretrain" else finetuning.finetune
+            run(config, options=replace(runs, out=out / stage), recipe="folder")
+        result = _judge(found, plan, out, sorted(configs), runs)
+        write_json(out / "fit.json", result)
+    return result
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold `out` for this process alone."""
+    if out.is_file():
+        raise UsageError(f"--out {out} is a file; give the name of a folder")
+    if out.is_dir() and not (out / "plan.json").exists() and any(path.name[0] != "." for path in out.iterdir()):
+        raise UsageError(f"--out {out} exists and holds something else; choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UsageError(f"another process is working in {out}; wait for it or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not (out / "plan.json").exists():  # nothing has begun
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _recall(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The plan that `out` holds, {} if there is none. With `overwrite`, another plan and its runs are removed."""
+    plan = read_json(out / "plan.json")
+    differ = [name for name, value in asked.items() if plan.get(name) != value]
+    named = {name: f"--{name} {plan.get(name)} instead of {asked[name]}" for name in ("minutes", "seed")}
+    other = [named.get(name, "other images") for name in differ]
+    if plan and (other or overwrite):
+        if not overwrite:
+            raise UsageError(f"{out} holds a fit with {', '.join(other)}; use --overwrite, or another --out")
+        for stage in STAGES:
+            if (out / stage).exists():
+                shutil.rmtree(out / stage)
+        for name in ("plan.json", "fit.json", "report.html", "reconstruction.png"):
+            (out / name).unlink(missing_ok=True)
+        return {}
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def _plan(found: Found, asked: dict[str, Any], begun: float, options: RunOptions) -> dict[str, Any]:
+    """Configs that fit into the time: the recipe's, with epochs (and if need be images) by the measured rate."""
+    labelled = len(found.classes) > 1
+    images = found.labelled + found.unlabelled
+    common: dict[str, Any] = {"data": asked["data"], "seed": asked["seed"]}
+    before = recipes.pretrain_folder(images, found.side, found.grey)
+    if labelled:  # the same validation images, so that pretraining does not see them either
+        common["val_fraction"] = recipes.finetune_folder(found.labelled, found.side, found.grey).val_fraction
+    before = replace(before, **common, knn_every=0)
+    after = recipes.finetune_folder(found.labelled, found.side, found.grey)
+    shape = {field: getattr(before, field) for field in ("embed_dim", "depth", "num_heads")}
+    after = replace(after, **common, **shape)
+
+    start = time.perf_counter()
+    data = load(before.data, img_size=before.img_size)
+    loading = time.perf_counter() - start
+    say(f"{recipes.explain_folder(before, images, found.side, found.grey)}; timing a few steps")
+    stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
+    for config in (before, after)[: 1 + labelled]:
+        train_set, val_set = training_sets(data, config, unlabelled=config is before)
+        measured = _measure(config, data, train_set, val_set, options, 3 * asked["minutes"])  # a twentieth of all
+        stages.append((config, len(train_set), len(val_set), *measured))
+    passes = 3 if labelled else 1
+    left = 60 * asked["minutes"] - (time.perf_counter() - begun) - passes * (loading + _DRAWING)
+    left = max(1.0, _TO_SPEND * left)
+    chosen: dict[str, Any] = {}
+    if labelled:
+        chosen["finetune"], seconds = _fitted(*stages[1], seconds=left / 4)
+        left -= 2 * seconds
+    chosen["pretrain"], _ = _fitted(*stages[0], seconds=left)
+    rates = {
+        name: {"images": n, "validation_images": n_val, "images_per_s": round(config.batch_size / step, 1)}
+        for name, (config, n, n_val, step, _) in zip(("pretrain", "finetune"), stages, strict=False)
+    }
+    return {**asked, "measured": rates} | chosen
+
+
+def _measure(
+    config: PretrainConfig | FinetuneConfig,
+    data: Dataset,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    options: RunOptions,
+    seconds: float,
+) -> tuple[float, float]:
+    """Seconds of a training step, and what an epoch takes beside its steps and its validation (saving above all).
+
+    From real epochs of one step and of four; where those would take more than `seconds`, all is put on the step."""
+    engine = start_engine(options, config.precision)
+    train_set, some = train_set.to(engine.device), val_set[torch.arange(min(16, len(val_set)))].to(engine.device)
+
+    def epoch(steps: int) -> float:
+        if isinstance(config, PretrainConfig):
+            spec, metric, methods = pretraining.model_spec(config, data), "loss", ("training_loss",)
+        else:
+            spec, metric, methods = finetuning.model_spec(config, data), "accuracy", ()
+        torch.manual_seed(config.seed)
+        model: Any = spec.build()
+        prepare(model, engine, options)
+
+        def validate(model: Any, _: int) -> dict[str, float]:
+            if isinstance(config, PretrainConfig):
+                return masked_mse(model, some, config.mask_ratio, config.split_seed)
+            assert some.labels is not None
+            return classification_scores(class_probabilities(model, some), some.labels)
+
+        if isinstance(config, PretrainConfig):
+            step_loss = pretraining.make_step_loss(config, train_set, model.num_patches)
+        else:
+            step_loss = finetuning.make_step_loss(config, train_set, len(data.class_names))
+        times: list[float] = []
+
+        def timed(model: Any, number: int) -> dict[str, float]:
+            times.append(time.perf_counter())
+            return validate(model, number)
+
+        task = Task(model, spec, steps * config.batch_size, step_loss, timed, metric, metric != "loss", methods=methods)
+        with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
+            train(engine, Path(place), task, replace(config, epochs=3))
+        return times[2] - times[1]  # the first epoch also builds and allocates
+
+    loud, console.quiet = console.quiet, True
+    try:
+        one = epoch(1)
+        four = epoch(4) if 12 * one < seconds else 4 * one
+    finally:
+        console.quiet = loud
+    step = max((four - one) / 3, four / 10)  # where noise is larger than a step, rather too long
+    return step, max(0.0, one - step)
+
+
+def _fitted(
+    config: PretrainConfig | FinetuneConfig, images: int, val_images: int, step: float, beside: float, *, seconds: float
+) -> tuple[dict[str, Any], float]:
+    """The config with as many epochs as `seconds` allow, at most the recipe's, and the seconds that they take.
+
+    Where not even one pass over the images fits, it is one pass over fewer.
+    """
+    steps = max(1, images // config.batch_size)
+    evaluating = step / 3 * val_images / config.batch_size  # forwards only
+    epochs = int(seconds / (steps * step + beside + evaluating))
+    limit = None
+    if epochs < 1:
+        affordable = max(1, int((seconds - beside - evaluating) / step))
+        steps, epochs = min(steps, affordable), 1
+        limit = min(images, steps * config.batch_size)
+    epochs = min(epochs, config.epochs)
+    chosen = dataclasses.asdict(replace(config, epochs=epochs, limit=limit))
+    return chosen, epochs * (steps * step + beside + evaluating)
+
+
+def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | FinetuneConfig]:
+    """Stage -> its config, in order."""
+
+    def read(stage: str, kind: Any, **more: Any) -> Any:
+        return kind(**{**plan[stage], "img_size": tuple(plan[stage]["img_size"]), **more})
+
+    configs = {"pretrain": read("pretrain", PretrainConfig)}
+    if "finetune" in plan:
+        configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
+        configs["scratch"] = read("finetune", FinetuneConfig)
+    return configs
+
+
+def _explain_plan(plan: dict[str, Any]) -> str:
+    said = []
+    for stage in ("pretrain", "finetune"):
+        if stage in plan:
+            rate, config = plan["measured"][stage], plan[stage]
+            images = f"{config['limit']} of {rate['images']}" if config["limit"] else str(rate["images"])
+            epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+            said.append(f"{stage} {epochs} of {images} images at {rate['images_per_s']:g} images/s")
+    twice = ", twice: from the pretrained encoder, and from scratch as a control" if "finetune" in plan else ""
+    if any(plan[stage]["limit"] for stage in plan["measured"]):
+        twice += "; too little time to see every image once, so give more --minutes"
+    return f"plan for {plan['minutes']:g} minutes: {', '.join(said)}{twice}"
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def _judge(found: Found, plan: dict[str, Any], out: Path, stages: list[str], options: RunOptions) -> dict[str, Any]:
+    """Draw the picture, build the page, and say what came out."""
+    results = {stage: read_json(out / stage / "result.json") for stage in stages}
+    picture = out / "reconstruction.png"
+    if not picture.exists():
+        reconstruct(out / "pretrain", out=picture, options=options)
+    error, trivial = results["pretrain"]["val"]["masked_mse"], results["pretrain"]["mean_predictor_loss"]
+    result: dict[str, Any] = {
+        "fit": str(out),
+        "found": {f.name: getattr(found, f.name) for f in dataclasses.fields(found)},
+        "plan": plan,
+        "pretrain": {"run": str(out / "pretrain"), "masked_mse": error, "mean_predictor_mse": trivial},
+        "reconstruction": str(picture),
+        "report": report([out / stage for stage in stages], out=out / "report.html")["report"],
+        "model": None,
+    }
+    rebuilt = (
+        f"The autoencoder rebuilds hidden patches with an error of {error:.3f} on validation images, guessing the mean"
+        f" image has {trivial:.3f}."
+    )
+    if "finetune" not in plan:
+        why = "has only one class" if found.classes else "has no classes"
+        return result | {
+            "verdict": f"{rebuilt} The folder {why}, so there is no classifier yet.",
+            "next": (
+                "sort some images of each class into a sub-folder of its own, leave the others in a sub-folder"
+                f" unlabelled/, and run maelab fit again; or maelab finetune folder --init {out / 'pretrain'} --data"
+                " folder:LABELLED"
+            ),
+        }
+    tuned, scratch = results["finetune"], results["scratch"]
+    choose = ("accuracy", "loss")
+    better = (tuned["val"][choose[0]], -tuned["val"][choose[1]]) >= (
+        scratch["val"][choose[0]], -scratch["val"][choose[1]],
+    )  # fmt: skip
+    stage = "finetune" if better else "scratch"
+    confusion = torch.tensor(results[stage]["test"]["confusion"])
+    names, n = list(results[stage]["test"]["per_class"]), int(confusion.sum())
+    n_val = plan["measured"]["finetune"]["validation_images"]
+    a, b = tuned["test"]["accuracy"], scratch["test"]["accuracy"]
+    noise = math.sqrt(_variance(a, n) + _variance(b, n))
+    pairs = _confused(confusion, names)
+    result |= {
+        "val": {"images": n_val, "pretrained": tuned["val"]["accuracy"], "scratch": scratch["val"]["accuracy"]},
+        "test": {"images": n, "pretrained": a, "scratch": b},
+        "difference": a - b,
+        "standard_error": noise,
+        "beyond_noise": abs(a - b) > 2 * noise,
+        "confused": pairs,
+        "chosen": stage,
+        "model": str(out / stage),
+        "next": f"maelab predict {out / stage} IMAGE...",
+    }
+    return result | {"verdict": f"{_verdict(result, found, plan)} {rebuilt}"}
+
+
+def _variance(accuracy: float, n: int) -> float:
+    """Of a share of n images; one right and one wrong are added, so that 0 or 1 of few images is not taken as sure."""
+    share = (accuracy * n + 1) / (n + 2)
+    return share * (1 - share) / n
+
+
+def _confused(confusion: torch.Tensor, names: list[str]) -> list[dict[str, Any]]:
+    """The three most frequent mistakes of counts (true, guessed): class, what it was taken for, how often."""
+    wrong = confusion - confusion.diag().diag()
+    order = wrong.flatten().argsort(descending=True, stable=True)[:3].tolist()
+    cells = [divmod(i, len(names)) for i in order]
+    return [
+        {"class": names[i], "taken_for": names[j], "times": int(wrong[i, j]), "of": int(confusion[i].sum())}
+        for i, j in cells
+        if wrong[i, j] > 0
+    ]
+
+
+def _verdict(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
+    test, val, points = result["test"], result["val"], 100 * result["difference"]
+    a, b, n = test["pretrained"], test["scratch"], test["images"]
+    what = f"helped by {points:.1f} points" if points > 0 else f"hurt by {-points:.1f} points"
+    if any(plan[stage]["limit"] for stage in plan["measured"]):
+        hurry = "The time was too short to see every image even once: give more --minutes."
+    else:
+        hurry = ""
+    head = f"Pretraining {what if points else 'made no difference'} on test (n = {n}): {a:.1%} right with it, {b:.1%}"
+    head += f" for the same model trained from scratch with the same fine-tuning (epochs: {plan['finetune']['epochs']})"
+    chance = f"two standard errors of the difference are {200 * result['standard_error']:.1f} points"
+    if result["beyond_noise"]:
+        noise = f"That is more than chance in the choice of {n} test images explains ({chance}), for one seed."
+    else:
+        noise = f"That is within the noise of so few test images ({chance}), so nothing is shown either way."
+    where = "held out of your images by a seed, as there is no test/" if found.held_out else "those in test/"
+    chosen = "the pretrained model" if result["chosen"] == "finetune" else "the model trained from scratch"
+    said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
+    said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch) {chosen} was chosen."
+    if result["confused"]:
+        pairs = [f"{p['class']} taken for {p['taken_for']} ({p['times']} of {p['of']})" for p in result["confused"]]
+        said += f" It confuses most, on test: {', '.join(pairs)}."
+    else:
+        said += " It made no mistake on test."
+    return f"{head}. {noise} {said} {hurry}".rstrip()

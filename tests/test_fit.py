@@ -1,0 +1,206 @@
+"""`maelab fit` and recipe `folder`: real folders of CIFAR-10 images among files that nobody would want there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import Maelab
+
+from maelab import recipes
+from maelab.data import load, training_sets
+from maelab.data.folder import scan
+from maelab.fit import _confused, _fitted, _variance
+
+ONE = ("--threads", 1)
+NARROW = ("--embed-dim", 24, "--depth", 1, "--num-heads", 1)
+
+
+@pytest.fixture(scope="session")
+def photos(cifar_folder, cifar_small, tmp_path_factory) -> Path:
+    """Two classes of 20 images and what a real folder holds beside: 12 unlabelled ones, and odd and broken files."""
+    root = tmp_path_factory.mktemp("own") / "photos"
+    for name in ("cat", "ship"):
+        shutil.copytree(cifar_folder / name, root / name)
+    (root / "unlabelled" / "deeper").mkdir(parents=True)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in cifar_small.test.images[:16]]
+    for i, picture in enumerate(pictures[4:]):
+        picture.save(root / "unlabelled" / "deeper" / f"{i}.png")
+    cat = root / "cat"
+    (cat / "zero.jpg").touch()
+    (cat / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    pictures[0].resize((3000, 2000)).save(cat / "huge.jpg")
+    pictures[0].save(cat / "animated.webp", save_all=True, append_images=pictures[1:3])
+    pictures[1].convert("CMYK").save(cat / "cmyk.jpg")
+    Image.fromarray(np.asarray(pictures[2].convert("L")).astype(np.uint16) * 257).save(cat / "sixteen.png")
+    pictures[3].save(cat / "moving.gif")
+    (cat / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(photos, maelab: Maelab, tmp_path_factory):
+    work = tmp_path_factory.mktemp("fit")
+    ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, "--json", cwd=work)
+    return work, ended
+
+
+def test_a_scan_counts_what_is_there(photos):
+    found = scan(f"folder:{photos}")
+    assert found.classes == {"cat": 22, "ship": 18} and found.unlabelled == 12 and found.test == 4 and found.held_out
+    assert [line.split(" (")[0] for line in found.broken] == ["cat/broken.png", "cat/zero.jpg"]
+    assert found.animated == 1 and found.ignored == {".txt": 1, ".gif": 1} and found.side == 32 and not found.grey
+    assert found.modes == {"RGB": 54, "CMYK": 1, "I;16": 1} and (found.smallest, found.largest) == (
+        (32, 32), (2000, 3000),
+    )  # fmt: skip
+
+
+def test_unlabelled_images_are_for_pretraining_alone(photos):
+    data = load(f"folder:{photos}", img_size=(32, 32))
+    config = recipes.pretrain_folder(images=52)
+    train, val = training_sets(data, config)
+    more, same_val = training_sets(data, config, unlabelled=True)
+    assert data.test is not None and train.labels is not None and more.labels is not None and val.labels is not None
+    assert (len(train), len(val), len(more), len(data.test)) == (32, 8, 44, 4)
+    assert more.labels.tolist() == train.labels.tolist() + [-1] * 12 and min(val.labels.tolist()) == 0
+    assert same_val.images.equal(val.images) and more.images[:32].equal(train.images)
+    written = {np.asarray(Image.open(path)).tobytes() for path in (photos / "unlabelled").rglob("*.png")}
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in more.images[32:]} == written
+
+
+def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Maelab):
+    work, ended = fitted
+    result = ended.json()
+    out = work / "runs" / "fit-photos"
+    stages = {stage: json.loads((out / stage / "result.json").read_text()) for stage in ("finetune", "scratch")}
+    tuned, scratch = stages.values()
+    assert tuned["init"] == "runs/fit-photos/pretrain" and scratch["init"] == "none"
+    assert all(tuned[field] == scratch[field] for field in ("epochs", "train_images", "params", "seed"))
+    assert result["test"] == {
+        "images": 4, "pretrained": tuned["test"]["accuracy"], "scratch": scratch["test"]["accuracy"]
+    }  # fmt: skip
+    assert result["val"]["images"] == 8 and not result["beyond_noise"]
+    best = max(stages, key=lambda s: (stages[s]["val"]["accuracy"], -stages[s]["val"]["loss"]))
+    assert result["model"] == f"runs/fit-photos/{best}"
+    assert "on test (n = 4)" in result["verdict"] and "within the noise" in result["verdict"]
+    assert "held out of your images by a seed" in result["verdict"]
+    page = (out / "report.html").read_text()
+    assert "from scratch" in page and "after pretraining" in page
+    assert Image.open(work / result["reconstruction"]).width > 100
+    assert "unreadable, left out: 2" in ended.err and "plan for 0.02 minutes: pretrain" in ended.err
+    guess = maelab.run("predict", result["model"], photos / "ship", *ONE, "--json", cwd=work).json()["predictions"]
+    assert len(guess) == 20 and {entry["label"] for entry in guess} <= {"cat", "ship"}
+
+
+def test_a_fit_goes_on_where_it_was(fitted, photos, maelab: Maelab):
+    work, first = fitted
+    out = work / "runs" / "fit-photos"
+    before = {stage: (out / stage / "result.json").stat().st_mtime_ns for stage in ("pretrain", "finetune")}
+    scratch = json.loads((out / "scratch" / "result.json").read_text())
+    shutil.rmtree(out / "scratch")
+    (out / "fit.json").unlink()
+    ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, "--json", cwd=work)
+    again, first = ended.json(), first.json()
+    assert {stage: (out / stage / "result.json").stat().st_mtime_ns for stage in before} == before
+    assert "timing" not in ended.err and ended.err.count("done before") == 2
+    assert json.loads((out / "scratch" / "result.json").read_text())["test"] == scratch["test"]
+    assert again == first == json.loads((out / "fit.json").read_text())
+    other = maelab.run("fit", photos, "--minutes", 5, *ONE, cwd=work)
+    assert other.status == 2 and "with --minutes 0.02 instead of 5.0; use --overwrite" in other.err
+    (photos / "unlabelled" / "new.png").write_bytes((photos / "unlabelled" / "deeper" / "0.png").read_bytes())
+    other = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=work)
+    assert other.status == 2 and "with other images; use --overwrite" in other.err
+    (photos / "unlabelled" / "new.png").unlink()
+
+
+def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Maelab, tmp_path):
+    out = tmp_path / "fit"
+    ended = maelab.run(
+        "fit", photos / "unlabelled" / "deeper", "--minutes", 0.02, *ONE, "--out", out, "--json", cwd=tmp_path
+    )
+    result = ended.json()
+    assert result["model"] is None and "has no classes, so there is no classifier yet" in result["verdict"]
+    assert f"maelab finetune folder --init {out / 'pretrain'}" in result["next"]
+    assert (out / "reconstruction.png").exists() and (out / "report.html").exists()
+    assert not (out / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ((), "fit needs a folder of images"),
+        (("nowhere",), "there is no folder"),
+        (("photos", "--minutes", "0"), "--minutes must be above 0"),
+        (("photos", "--out", "photos/fit"), "lies among your images"),
+        (("photos", "--out", "other"), "holds something else"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused(line, message, photos, maelab: Maelab, tmp_path):
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").touch()
+    ended = maelab.run("fit", *line, cwd=tmp_path)
+    assert ended.status == 2 and message in ended.err and "Traceback" not in ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "photos"]
+
+
+def test_recipe_folder_fills_in_what_was_found(photos, maelab: Maelab, tmp_path):
+    small = (*NARROW, *ONE, "--epochs", 1)
+    decoder = ("--decoder-embed-dim", 24, "--decoder-depth", 1, "--decoder-num-heads", 1, "--patch-size", 8)
+    line = ("pretrain", "folder", "--data", f"folder:{photos}", *small, *decoder, "--out", "mae")
+    ended = maelab.run(*line, cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert "found 56 images" in ended.err and "chosen for 52 images: 32x32" in ended.err
+    config = json.loads((tmp_path / "mae" / "config.json").read_text())
+    assert (config["img_size"], config["patch_size"], config["batch_size"]) == ([32, 32], 8, 16)
+    assert config["val_fraction"] == 0.2 and config["epochs"] == 1 and config["crop_padding"] == 4
+    line = ("finetune", "folder", "--init", "mae", "--data", f"folder:{photos}", *ONE, "--epochs", 1, "--out", "tuned")
+    tuned = maelab.run(*line, "--json", cwd=tmp_path)
+    assert tuned.json()["train_images"] == 32 and "from --init mae" in tuned.err
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["patch_size"] == 8
+    guess = maelab.run("predict", "tuned", photos / "ship", *ONE, "--json", cwd=tmp_path).json()["predictions"]
+    assert {entry["label"] for entry in guess} <= {"cat", "ship"}
+    refused = maelab.run("pretrain", "folder", cwd=tmp_path)
+    assert refused.status == 2 and "needs --data folder:PATH" in refused.error()
+
+
+@pytest.mark.parametrize("side", [*range(1, 240, 7), 32, 224, 5000])
+def test_recipe_folder_keeps_to_its_sizes(side):
+    config = recipes.pretrain_folder(images=1000, side=side)
+    assert config.img_size is not None
+    height, width = config.img_size
+    assert height == width and 32 <= height <= 224 and 49 <= (height // config.patch_size) ** 2 <= 196
+    assert height % config.patch_size == 0 and abs(height - min(224, max(32, side))) <= config.patch_size / 2
+
+
+def test_recipe_folder_scales_with_the_number_of_images():
+    few, some, many = (recipes.pretrain_folder(images=n) for n in (30, 3_000, 300_000))
+    assert few.epochs > some.epochs > many.epochs and few.batch_size < some.batch_size <= many.batch_size
+    assert (few.embed_dim, few.depth) < (many.embed_dim, many.depth) and few.val_fraction > many.val_fraction
+    assert not recipes.pretrain_folder(grey=True).flip and some.flip
+    own = recipes.finetune_folder(img_size=(48, 96), patch_size=16)
+    assert own.img_size == (48, 96) and own.patch_size == 16
+
+
+def test_a_plan_keeps_within_the_time():
+    config = recipes.pretrain_folder(images=3_200)
+    per_epoch = 3_200 // config.batch_size * 0.1 + 1 + 0.1 / 3 * 320 / config.batch_size
+    for seconds in (10.0, 60.0, 120.0):
+        chosen, takes = _fitted(config, 3_200, 320, 0.1, 1.0, seconds=seconds)
+        assert (
+            chosen["limit"] is None and takes <= seconds < takes + per_epoch and takes == chosen["epochs"] * per_epoch
+        )
+    chosen, takes = _fitted(config, 3_200, 320, 0.1, 1.0, seconds=3.0)
+    assert chosen["epochs"] == 1 and chosen["limit"] < 3_200 and takes <= 3.0
+    assert _fitted(config, 3_200, 320, 1e-6, 0.0, seconds=60.0)[0]["epochs"] == config.epochs, (
+        "never more than sensible"
+    )
+
+
+def test_noise_and_confusion():
+    assert _variance(0.5, 100) == pytest.approx(0.0025) and _variance(1.0, 10) > 0.005
+    pairs = _confused(torch.tensor([[5, 1, 0], [3, 2, 0], [0, 0, 5]]), ["a", "b", "c"])
+    assert [(p["class"], p["taken_for"], p["times"], p["of"]) for p in pairs] == [("b", "a", 3, 5), ("a", "b", 1, 6)]
