@@ -136,13 +136,13 @@ def _for_folder(task: str, given: Any, typed: set[str]) -> Any:
     if "data" not in typed:
         raise UsageError(f"{task} folder needs --data folder:PATH, your folder of images")
     from maelab.data.folder import scan
-    from maelab.runs import read_checkpoint
+    from maelab.training.checkpoint import read_spec
     from maelab.training.runlog import say
 
     found, init = scan(given.data), getattr(given, "init", "none")
     fixed = {field: getattr(given, field) for field in ("img_size", "patch_size") if field in typed}
     if init != "none":
-        has = read_checkpoint(init)["arguments"]
+        has = read_spec(init).arguments
         fixed = {"img_size": tuple(has.get("img_size", ())) or None, "patch_size": has.get("patch_size")} | fixed
     images = found.labelled if task == "finetune" else found.labelled + found.unlabelled
     config: Any = recipes.get(task, "folder", images=images, side=found.side, grey=found.grey, **fixed)

@@ -88,7 +88,7 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert "on test (n = 4)" in result["verdict"] and "within the noise" in result["verdict"]
     assert "held out of your images by a seed" in result["verdict"]
     page = (out / "report.html").read_text()
-    assert "from scratch" in page and "after pretraining" in page
+    assert "3 finished runs (1 pretraining, 2 fine-tuning)" in page
     assert Image.open(work / result["reconstruction"]).width > 100
     assert "unreadable, left out: 2" in ended.err and "plan for 0.02 minutes: pretrain" in ended.err
     guess = maelab.run("predict", result["model"], photos / "ship", *ONE, "--json", cwd=work).json()["predictions"]
