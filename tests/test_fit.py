@@ -89,7 +89,8 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert "held out of your images by a seed" in result["verdict"]
     page = (out / "report.html").read_text()
     assert "3 finished runs (1 pretraining, 2 fine-tuning)" in page
-    assert Image.open(work / result["reconstruction"]).width > 100
+    with Image.open(work / result["reconstruction"]) as picture:
+        assert picture.width > 100
     assert "unreadable, left out: 2" in ended.err and "plan for 0.02 minutes: pretrain" in ended.err
     guess = maelab.run("predict", result["model"], photos / "ship", *ONE, "--json", cwd=work).json()["predictions"]
     assert len(guess) == 20 and {entry["label"] for entry in guess} <= {"cat", "ship"}
