@@ -735,6 +735,33 @@ def export(arguments: list[str]) -> None:
     _print(args.output, result, "\n".join([*lines, result["out"]]))
 
 
+def demo(arguments: list[str]) -> None:
+    """open a page to draw digits, hide and rebuild patches, compare models: maelab demo [RUN...]"""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        runs: Positional[tuple[str, ...]] = ()
+        """run folders or checkpoints of autoencoders and classifiers; none takes the weights that maelab ships"""
+        images: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """file, folder or glob of images to pick from; may be given several times"""
+        host: str = "127.0.0.1"
+        """address to listen on; any other than this one lets other machines in"""
+        port: int = 7860
+        """port to listen on; 0 takes a free one"""
+        options: ComputeOptions = field(default_factory=ComputeOptions)
+        output: Output = field(default_factory=Output)
+
+    args = _parse(Arguments, arguments, "demo")
+    from maelab.demo import demo
+
+    def ready(url: str) -> None:
+        _print(args.output, {"url": url}, f"{url} (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    options = RunOptions(**vars(args.options))
+    demo(args.runs, images=args.images, host=args.host, port=args.port, options=options, ready=ready)
+
+
 def bench(arguments: list[str]) -> None:
     """measure training speed beside Hugging Face's models and the matrix products alone"""
 
@@ -773,6 +800,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep": sweep,
     "runs": runs,
     "report": report,
+    "demo": demo,
     "info": info,
     "export": export,
     "bench": bench,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import sys
 import warnings
@@ -407,6 +408,28 @@ def read_all(inputs: Iterable[str | Path], size: tuple[int, int], channels: int)
             raise UsageError(f"cannot read the image {path}: {image}")
         images.append(image)
     return torch.stack(images)
+
+
+def decode_image(content: bytes, channels: int) -> Image.Image:
+    """The image that `content` holds, upright, as "L" (1 channel) or "RGB" (3), within the limits of a folder's files.
+
+    Raises:
+        UsageError: if it has more than Pillow's limit of pixels, or cannot be decoded.
+    """
+    limit = Image.MAX_IMAGE_PIXELS or 0
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
+            warnings.simplefilter("ignore")
+            if opened.width * opened.height > limit:
+                raise Image.DecompressionBombError
+            return to_eight_bits(ImageOps.exif_transpose(opened), channels)
+    except Image.DecompressionBombError:
+        reason = f"it has more than {limit // 1_000_000} megapixels"
+    except Image.UnidentifiedImageError:
+        reason = f"it is no {', '.join(_FORMATS)} image" if content else "it is empty"
+    except Exception as error:  # decoders raise anything on damaged bytes
+        reason = str(error) or type(error).__name__
+    raise UsageError(f"cannot read the image: {reason}")
 
 
 def read_mask(path: Path, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
