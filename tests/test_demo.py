@@ -258,7 +258,8 @@ class Open:
 SHOWN = """place => {
   const e = document.querySelector(place);
   const cells = [...e.querySelectorAll("[aria-pressed]")].map(c => c.ariaPressed);
-  return [e.innerText, ...[...e.querySelectorAll("img")].map(i => i.src), ...cells].join("|");
+  const text = (e.querySelector(".prose") ?? e).innerText;  // without Gradio's clock
+  return [text, ...[...e.querySelectorAll("img")].map(i => i.src), ...cells].join("|");
 }"""
 
 

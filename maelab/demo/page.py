@@ -86,7 +86,7 @@ def scene(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> str:
         image: of any size.
         mask: (1, L) on the model's grid, 1 = hidden.
     """
-    attention = _card("where it looks (rollout)", logic.look(chosen, image)) if len(chosen.model.blocks) else ""
+    attention = _card("attention rollout", logic.look(chosen, image)) if len(chosen.model.blocks) else ""
     if not chosen.rebuilds:
         whole = _guess_bars("says of the whole image", logic.guess(chosen, image))
         return _cards(attention, whole, _guess_bars("says of what is not hidden", logic.guess(chosen, image, mask)))
@@ -127,8 +127,8 @@ def _draw_tab(chosen: Loaded, drawing: gr.State) -> None:
         image = Image.fromarray(digit)
         seen = [_card("what the model sees", digit)]
         if len(chosen.model.blocks):
-            seen += [_card("where it looks: last block", logic.look(chosen, image, "last"))]
-            seen += [_card("where it looks: rollout", logic.look(chosen, image))]
+            seen += [_card("attention, last block", logic.look(chosen, image, "last"))]
+            seen += [_card("attention rollout", logic.look(chosen, image))]
         return image, _guess_bars("probability of each digit", logic.guess(chosen, image), "big"), _cards(*seen)
 
     with gr.Row():
