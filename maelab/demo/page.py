@@ -15,6 +15,7 @@ import gradio as gr
 import numpy as np
 import torch
 from fastapi import FastAPI
+from gradio.themes import Base
 from PIL import Image
 
 from maelab.demo import logic
@@ -312,9 +313,7 @@ def build(models: Sequence[Loaded], examples: Sequence[Image.Image]) -> gr.Block
 def app(page: gr.Blocks) -> FastAPI:
     """The page as a web application that takes no files and no large requests, and that tells browsers to ask no other
     host for anything."""
-    theme = gr.themes.Base(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    theme = Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     server = gr.mount_gradio_app(
         FastAPI(openapi_url=None), page, path="/", footer_links=[], run_history=False, show_error=True,
         max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, theme=theme,
