@@ -302,7 +302,7 @@ def _cost_of_int8(exact: bytes, quantised: bytes, data: ImageSet, split: str, cl
         {"images", "split"} and for a classifier "accuracy" (of int8), "float32_accuracy", "agreement" (share of the
         images with the same answer), for an encoder "relative_error": RMS difference of features over their RMS.
     """
-    images = scale(data.images)
+    images = scale(data.images[:])
     before, after = _run(exact, images), _run(quantised, images)
     result: dict[str, Any] = {"images": len(images), "split": split}
     if not classes or data.labels is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +25,52 @@ FASHION_CLASSES = (
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
+class MappedImages:
+    """Images that stay in a file, in the place of a tensor (N, C, H, W): indexing reads what it names, as a tensor.
+
+    Args:
+        file: uint8, memory-mapped.
+        rows: int64 (N,), which images of the file these are.
+        device: where what is read goes.
+    """
+
+    def __init__(self, file: np.memmap, rows: torch.Tensor, device: torch.device | str = "cpu") -> None:
+        self._file, self._rows, self.device = file, rows, torch.device(device)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self._rows), *self._file.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        rows = self.subset(index)._rows
+        images = torch.from_numpy(np.asarray(self._file[rows.numpy()]))  # a list of rows is a copy
+        with contextlib.suppress(AttributeError, OSError):  # pages stay in the system's cache, but are no longer ours
+            self._file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        return images.to(self.device)
+
+    def subset(self, index: torch.Tensor | slice) -> MappedImages:
+        """Those at `index`, unread."""
+        rows = self._rows[index if isinstance(index, slice) else index.cpu()]
+        return MappedImages(self._file, rows, self.device)
+
+    def joined(self, other: MappedImages) -> MappedImages:
+        """These and others of the same file, unread."""
+        return MappedImages(self._file, torch.cat([self._rows, other._rows]), self.device)
+
+    def to(self, device: torch.device | str) -> MappedImages:
+        return MappedImages(self._file, self._rows, device)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images and their labels.
 
     Args:
-        images: uint8 (N, C, H, W), contiguous.
+        images: uint8 (N, C, H, W), contiguous; `MappedImages` where they are too large for memory: `images[:]` is a
+            tensor in either case.
         labels: int64 (N,), or None where there are no labels.
     """
 
@@ -39,7 +82,9 @@ class ImageSet:
 
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
-        return ImageSet(self.images[index], None if self.labels is None else self.labels[index])
+        unread = isinstance(self.images, MappedImages)
+        images = cast(torch.Tensor, self.images.subset(index)) if unread else self.images[index]
+        return ImageSet(images, None if self.labels is None else self.labels[index])
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`."""
@@ -213,8 +258,11 @@ def training_sets(
         train = label_fraction(train, fraction, config.split_seed)
     if unlabelled and data.unlabelled is not None:
         assert train.labels is not None and data.unlabelled.labels is not None
-        labels = torch.cat([train.labels, data.unlabelled.labels])
-        train = ImageSet(torch.cat([train.images, data.unlabelled.images]), labels)
+        labels, more = torch.cat([train.labels, data.unlabelled.labels]), data.unlabelled.images
+        if isinstance(train.images, MappedImages):
+            train = ImageSet(cast(torch.Tensor, train.images.joined(cast(Any, more))), labels)
+        else:
+            train = ImageSet(torch.cat([train.images, more]), labels)
     if config.limit is not None:
         train = limit(train, config.limit, config.split_seed)
     if not len(train) or not len(val):

@@ -14,7 +14,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
+import math
 import os
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -24,13 +27,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from maelab.data.datasets import Dataset, ImageSet, split_indices
+from maelab.data.datasets import Dataset, ImageSet, MappedImages, split_indices
+from maelab.data.sources import cache_dir
 from maelab.errors import RunError, UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,6 +42,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _TEST_FRACTION, _TEST_SEED = 0.1, 0
 _MEMORY_SHARE = 0.8  # of what is free may be filled
+_MAPPED_ABOVE = 2**29  # bytes of pixels; cutting off a validation part doubles for a moment what lies in memory
 _UNLABELLED = ("unlabelled", "unlabeled")
 _Result = TypeVar("_Result")
 
@@ -176,6 +181,8 @@ def _root(spec: str) -> Path:
 def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Dataset:
     """Load the images of "folder:PATH" into memory; the layouts are those of the module's docstring.
 
+    More than half a gigabyte is decoded once into a file in the cache, and read from there a batch at a time.
+
     Args:
         spec: "folder:PATH".
         img_size: (height, width) of the result. Each image is scaled, antialiased, until it covers this size, and
@@ -203,17 +210,21 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     height, width = img_size or _default_size([header for _, header in headers])
     channels = in_chans or (1 if all(header.mode in _GREY_MODES for _, header in headers) else 3)
     needed, free = len(files) * channels * height * width, _available_memory()
-    if needed > _MEMORY_SHARE * free:
-        raise RunError(
-            f"{len(files)} images of {height} x {width} x {channels} in {root} need {needed / 2**30:.1f} GiB of "
-            f"memory and {free / 2**30:.1f} GiB are free; choose a smaller --img-size or fewer images"
-        )
-    images = np.empty((len(files), channels, height, width), np.uint8)
-    kept: list[_File] = []
-    for file, pixels in _each(lambda path: _decode(path, (height, width), channels), files, root, skipped):
-        images[len(kept)] = pixels
-        kept.append(file)
-    images = images[: len(kept)]
+    if mapped := needed > _MAPPED_ABOVE:
+        images, kept, image_md5 = _read_cached(files, root, (channels, height, width), skipped)
+    else:
+        if needed > _MEMORY_SHARE * free:
+            raise RunError(
+                f"{len(files)} images of {height} x {width} x {channels} in {root} need {needed / 2**30:.1f} GiB of "
+                f"memory and {free / 2**30:.1f} GiB are free; choose a smaller --img-size or fewer images"
+            )
+        images = np.empty((len(files), channels, height, width), np.uint8)
+        kept = []
+        for file, pixels in _each(lambda path: _decode(path, (height, width), channels), files, root, skipped):
+            images[len(kept)] = pixels
+            kept.append(file)
+        images = images[: len(kept)]
+        image_md5 = _md5(images)
     skipped.sort()
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
@@ -226,14 +237,114 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     n_train = sum(not file.test and (file.label >= 0 or not class_names) for file in kept)
     n_test = sum(file.test for file in kept)
     labels = np.array([file.label for file in kept], np.int64)
-    checksums = {"images": _md5(images), "labels": _md5(labels)} if class_names else {"images": _md5(images)}
+    checksums = {"images": image_md5, "labels": _md5(labels)} if class_names else {"images": image_md5}
 
     def part(rows: slice) -> ImageSet:
-        return ImageSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]) if class_names else None)
+        if mapped:
+            pixels = cast(torch.Tensor, MappedImages(cast(np.memmap, images), torch.arange(len(kept))[rows]))
+        else:
+            pixels = torch.from_numpy(images[rows])
+        return ImageSet(pixels, torch.from_numpy(labels[rows]) if class_names else None)
 
     test = part(slice(len(kept) - n_test, None)) if n_test else None
     unlabelled = part(slice(n_train, len(kept) - n_test)) if n_train + n_test < len(kept) else None
     return Dataset(spec, part(slice(n_train)), test, class_names, checksums, tuple(skipped), unlabelled)
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+def _read_cached(
+    files: list[_File], root: Path, shape: tuple[int, int, int], skipped: list[str]
+) -> tuple[np.memmap, list[_File], str]:
+    """All images from their file in the cache, decoded into it if they have changed since, or never were.
+
+    The file's name depends on `_fingerprint` and shape; an older one of the same folder and shape is removed. Two
+    processes wait for each other; a reader whose file is removed keeps it until its end.
+
+    Returns:
+        The images, memory-mapped, uint8 (N, *shape), those of `files` that they are, and their MD5.
+    """
+    from filelock import FileLock
+
+    folder = cache_dir() / "folders"
+    about = {"folder": str(root.resolve()), "shape": list(shape)}
+    key = hashlib.sha256(f"{about} {_fingerprint(files, root)}".encode(errors="surrogateescape")).hexdigest()[:32]
+    pixels, note = folder / f"{key}.uint8", folder / f"{key}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            known = _read_note(note, pixels)
+            if known is None:
+                for old in folder.glob("*.json"):
+                    if about.items() <= (_read_note(old, old.with_suffix(".uint8"), check=False) or {}).items():
+                        old.unlink()
+                        old.with_suffix(".uint8").unlink(missing_ok=True)
+                known = about | _decode_into(pixels, files, root, shape)
+                part = note.with_suffix(".part")
+                part.write_text(json.dumps(known))
+                os.replace(part, note)
+            rows = (len(known["kept"]), *shape)
+            # Copy on write: nobody's mistake changes the file.
+            images = np.memmap(pixels, np.uint8, "c", shape=rows) if known["kept"] else np.empty(rows, np.uint8)
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"cannot keep decoded images in {folder}: {reason}; set MAELAB_DATA to another folder"
+        ) from error
+    skipped += known["skipped"]
+    return cast(np.memmap, images), [files[i] for i in known["kept"]], known["md5"]
+
+
+def _read_note(note: Path, pixels: Path, check: bool = True) -> dict[str, Any] | None:
+    """What is known of a file of images; None if there is nothing, or if the file is not what was noted."""
+    try:
+        known = json.loads(note.read_text())
+        good = not check or known["sample"] == _sample(pixels, len(known["kept"]), math.prod(known["shape"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known if good else None
+
+
+def _sample(pixels: Path, n: int, size: int) -> str:
+    """MD5 of the length of a file of images and of 64 of them: reading 15 GB at each start would take too long."""
+    digest = hashlib.md5(str(pixels.stat().st_size).encode(), usedforsecurity=False)
+    with open(pixels, "rb") as file:
+        for i in range(0, n, max(1, n // 64)):
+            file.seek(i * size)
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def _decode_into(pixels: Path, files: list[_File], root: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Decode all images into one file, put in place when it is whole.
+
+    Returns:
+        What to note: "kept" (positions in `files`), "skipped", "md5", "sample".
+    """
+    needed, free = len(files) * math.prod(shape), shutil.disk_usage(pixels.parent).free
+    if needed > free:
+        raise RunError(
+            f"{len(files)} decoded images need {needed / 2**30:.1f} GiB in {pixels.parent} and {free / 2**30:.1f} GiB"
+            " are free; set MAELAB_DATA to another folder, or choose a smaller --img-size"
+        )
+    print(f"maelab: decoding {len(files)} images once, into {pixels} ({needed / 2**30:.1f} GiB)", file=sys.stderr)
+    place = {file: i for i, file in enumerate(files)}
+    kept: list[int] = []
+    skipped: list[str] = []
+    digest, part = hashlib.md5(usedforsecurity=False), pixels.with_suffix(".part")
+    try:
+        with open(part, "wb") as out:
+            for file, image in _each(lambda path: _decode(path, shape[1:], shape[0]), files, root, skipped):
+                content = image.tobytes()
+                digest.update(content)
+                out.write(content)
+                kept.append(place[file])
+        os.replace(part, pixels)
+    finally:
+        part.unlink(missing_ok=True)
+    sample = _sample(pixels, len(kept), math.prod(shape))
+    return {"kept": kept, "skipped": skipped, "md5": digest.hexdigest(), "sample": sample}
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
@@ -328,11 +439,13 @@ def _each(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # of decoders, about odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit refuses, not only warns
-        for file, (result, reason) in zip(files, pool.map(attempt, files), strict=True):
-            if result is None:
-                skipped.append(f"{file.path.relative_to(root)} ({reason})")
-            else:
-                yield file, result
+        for start in range(0, len(files), 256):  # results wait in memory
+            some = files[start : start + 256]
+            for file, (result, reason) in zip(some, pool.map(attempt, some), strict=True):
+                if result is None:
+                    skipped.append(f"{file.path.relative_to(root)} ({reason})")
+                else:
+                    yield file, result
 
 
 def _reason(error: Exception, path: Path) -> str:
