@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,11 @@ def fit(
             if is_complete(out / stage):
                 say(f"{stage}: done before, in {out / stage}")
                 continue
-            run: Callable[..., object] = pretraining.pretrain if stage == "pretrain" else finetuning.finetune
-            run(config, options=replace(runs, out=out / stage), recipe="folder")
+            place = replace(runs, out=out / stage)
+            if isinstance(config, PretrainConfig):
+                pretraining.pretrain(config, options=place, recipe="folder")
+            else:
+                finetuning.finetune(config, options=place, recipe="folder")
         result = _judge(found, plan, out, sorted(configs), runs)
         write_json(out / "fit.json", result)
     return result

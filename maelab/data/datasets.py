@@ -82,8 +82,7 @@ class ImageSet:
 
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
-        unread = isinstance(self.images, MappedImages)
-        images = cast(torch.Tensor, self.images.subset(index)) if unread else self.images[index]
+        images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
         return ImageSet(images, None if self.labels is None else self.labels[index])
 
     def to(self, device: torch.device | str) -> ImageSet:
