@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench torture clean
+.PHONY: install quickstart test check bench results torture clean
 
 # What running needs; test and check add the rest. Stamps keep a second call instant.
 .venv/.base: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ test: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/maelab bench --out bench
+
+results: .venv/.dev
+	$(BIN)/python results/make.py $(PART) --jobs $(or $(JOBS),1)
 
 torture: .venv/.dev
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import maelab
 from maelab import recipes
+from maelab.report import report
 
 MAE, CLASSIFIER = Path("runs/quickstart-mae"), Path("runs/quickstart-classifier")
+PAGE = Path("runs/quickstart.html")
 
 
 def main() -> int:
@@ -23,6 +25,7 @@ def main() -> int:
     if not (CLASSIFIER / "result.json").exists():
         config = replace(recipes.finetune_mnist(), init=str(MAE))
         maelab.finetune(config, options=maelab.RunOptions(out=CLASSIFIER), recipe="mnist")
+    report([MAE, CLASSIFIER], out=PAGE)
     mae, classifier = (json.loads((run / "result.json").read_text()) for run in (MAE, CLASSIFIER))
     error, trivial = mae["val"]["masked_mse"], mae["mean_predictor_loss"]
     test, val = classifier["test"]["accuracy"], classifier["val"]["accuracy"]
@@ -31,6 +34,7 @@ Pretrained in {mae["train_time_s"]:.0f} s: rebuilds the {mae["mask_ratio"]:.0%} 
 mean squared error of {error:.4f} on validation, where predicting the mean image gives {trivial:.4f}.
 Fine-tuned in {classifier["train_time_s"]:.0f} s: test accuracy {test:.2%} (validation {val:.2%}).
 
+  page             {PAGE}: what happened, and how it compares
   reconstructions  {MAE}/figures/reconstructions.png
   predictions      {CLASSIFIER}/figures/predictions.png
   curves           {CLASSIFIER}/figures/curves.png

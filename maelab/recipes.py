@@ -15,7 +15,7 @@ from maelab.errors import UsageError
 def pretrain_mnist() -> PretrainConfig:
     """`maelab pretrain mnist`: a small masked autoencoder for digits.
 
-    On 2 cores with AMX four minutes under load, about one alone; masked MSE 0.113 on validation (seed 0).
+    65 s on 2 cores with AMX; masked MSE 0.113 on validation, where the mean image has 0.269.
     """
     return PretrainConfig(
         data="mnist",
@@ -35,7 +35,7 @@ def pretrain_mnist() -> PretrainConfig:
 def finetune_mnist() -> FinetuneConfig:
     """`maelab finetune mnist --init RUN`: a digit classifier.
 
-    On 2 cores with AMX 136 s; from `pretrain mnist` 0.9930 on validation, 0.9943 on test (seed 0).
+    126 s on 2 cores with AMX; from `pretrain mnist` 0.994 on test.
     """
     return FinetuneConfig(
         data="mnist",

@@ -1,10 +1,12 @@
 """Small real data for every test, read from `tests/data` without a download."""
 
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from processes import Maelab
 
@@ -15,6 +17,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # one test process per core: see addopts in pyproject.toml
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.addinivalue_line("markers", "data: needs the full sets in the cache; skipped where they are not")
 
 

@@ -1,6 +1,7 @@
 """The README cannot rot: its library example runs, its commands exist, its tree matches the folder."""
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -82,3 +83,12 @@ def test_the_tree_matches_the_folder():
 def test_pictures_exist():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_results_table_is_that_of_the_kept_runs():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "results" / "make.py")
+    assert spec and spec.loader
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert make.with_table(README) == README, "run make results"
+    assert make.table().count("\n") > 2

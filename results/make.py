@@ -1,0 +1,128 @@
+"""Every experiment behind the figures that the README shows: `make results`, or `make results PART=quickstart`.
+
+Full run folders lie in runs/results; a part that is stopped goes on where it was. What is small of them is kept in
+results/runs, and results/report.html and the README's table are made from that alone.
+"""
+
+import argparse
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from maelab.report import report
+from maelab.runs import is_complete, read_json
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / "runs" / "results"
+KEPT = HERE / "runs"
+README = HERE.parent / "README.md"
+SEEDS = (0, 1, 2)
+ROWS = {"bf16": "recipe `mnist` in bfloat16, the default where the CPU has units for it", "fp32": "the same in float32"}
+START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
+
+
+def experiments() -> dict[str, dict[str, str]]:
+    """Part -> name of a run -> what maelab is told; @NAME is the folder of another run of the table."""
+    quickstart = {}
+    for name in ("bf16", "fp32"):
+        for seed in SEEDS:
+            run = f"{name}-s{seed}"
+            quickstart[f"{run}-p"] = f"pretrain mnist --seed {seed} --precision {name}"
+            quickstart[f"{run}-f"] = f"finetune mnist --init @{run}-p --seed {seed} --precision {name}"
+    return {"quickstart": quickstart}
+
+
+def command(text: str) -> list[str]:
+    return [str(WORK / word[1:]) if word.startswith("@") else word for word in shlex.split(text)]
+
+
+def run(todo: dict[str, str], jobs: int) -> None:
+    """Do what is not done yet, `jobs` at a time; with several, each gets one thread.
+
+    Raises:
+        SystemExit: with the status of the first that fails, after those that still run have ended.
+    """
+    waiting = {name: text for name, text in todo.items() if not is_complete(WORK / name)}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    status = 0
+    while (waiting and not status) or running:
+        for name, text in list(waiting.items()):
+            ready = all(is_complete(WORK / word[1:]) for word in shlex.split(text) if word.startswith("@"))
+            if ready and len(running) < jobs and not status:
+                print(f"{name}: maelab {text}", file=sys.stderr)
+                threads = ["--threads", "1"] if jobs > 1 else []
+                words = [sys.executable, "-m", "maelab", *command(text), "--out", str(WORK / name), *threads]
+                running[name] = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+                del waiting[name]
+        time.sleep(0.5)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                status = status or process.returncode
+                del running[name]
+    if status:
+        raise SystemExit(status)
+
+
+def keep(names: list[str]) -> None:
+    """Copy what is small of the complete runs: configs, metrics, results, pictures."""
+    for name in names:
+        source, target = WORK / name, KEPT / name
+        if is_complete(source):
+            shutil.rmtree(target, ignore_errors=True)
+            for file in (*source.glob("*.json"), *source.glob("*.jsonl"), *source.glob("figures/*.png")):
+                (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target / file.relative_to(source))
+
+
+def statistic(runs: list[dict[str, Any]], part: str, key: str) -> str:
+    """Mean, and sample standard deviation where there are several."""
+    values = [run[part][key] for run in runs]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+def table() -> str:
+    """The README's results as Markdown, from what is kept: a row for each pair of pretraining and fine-tuning."""
+    lines = [
+        "| what | seeds | masked MSE, validation | accuracy, validation | accuracy, test |",
+        "|---|---|---|---|---|",
+    ]
+    for name, what in ROWS.items():
+        pretrained, tuned = ([read_json(f) for f in sorted(KEPT.glob(f"{name}-s*-{t}/result.json"))] for t in "pf")
+        if pretrained and tuned:
+            figures = (
+                statistic(pretrained, "val", "masked_mse"), statistic(tuned, "val", "accuracy"),
+                statistic(tuned, "test", "accuracy"),
+            )  # fmt: skip
+            lines.append(f"| {what} | {len(tuned)} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """The README's text with the table of today."""
+    before, rest = text.split(START)
+    return before + START + table() + END + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    parts = experiments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}; none is all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    for part in arguments.parts or parts:
+        run(parts[part], arguments.jobs)
+        keep(list(parts[part]))
+    report([KEPT], out=HERE / "report.html")
+    README.write_text(with_table(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
