@@ -68,7 +68,7 @@ def test_help_loads_nothing_heavy(tmp_path):
     for command in COMMANDS:
         assert f"  {command} " in helps["--help"]
         assert {"--json", "--debug"} <= set(helps[f"{command} --help"].replace(",", " ").split()), command
-    assert "--mask-ratio" in helps["pretrain --help"] and "mnist, cifar10, smoke" in helps["pretrain --help"]
+    assert "--mask-ratio" in helps["pretrain --help"] and "mnist, cifar10, folder, smoke" in helps["pretrain --help"]
     assert "--label-fraction" in helps["finetune --help"] and "--out" not in helps["evaluate --help"]
 
 
@@ -259,12 +259,12 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
     ("line", "message"),
     [
         ("pretran smoke", "there is no command 'pretran'; did you mean pretrain?"),
-        ("zzz", "there is no command 'zzz'; choose from data, pretrain, finetune, probe, "),
-        ("pretrain", "pretrain needs a recipe as its first argument: mnist, cifar10, smoke"),
+        ("zzz", "there is no command 'zzz'; choose from data, pretrain, finetune, fit, probe, "),
+        ("pretrain", "pretrain needs a recipe as its first argument: mnist, cifar10, folder, smoke"),
         ("pretrain --epochs 3", "pretrain needs a recipe as its first argument"),
         ("pretrain smok", "there is no pretrain recipe 'smok'; did you mean smoke?"),
         ("finetune cifar --init none", "there is no finetune recipe 'cifar'; did you mean cifar10?"),
-        ("finetune zzz", "there is no finetune recipe 'zzz'; choose from mnist, cifar10, smoke"),
+        ("finetune zzz", "there is no finetune recipe 'zzz'; choose from mnist, cifar10, folder, smoke"),
         ("probe", "probe needs a run folder as its first argument: maelab probe RUN"),
         ("evaluate", "there is no run folder named; see maelab evaluate --help"),
         ("reconstruct --json", "there is no run folder named"),
