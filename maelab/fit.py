@@ -359,18 +359,19 @@ def _confused(confusion: torch.Tensor, names: list[str]) -> list[dict[str, Any]]
 def _verdict(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
     test, val, points = result["test"], result["val"], 100 * result["difference"]
     a, b, n = test["pretrained"], test["scratch"], test["images"]
-    what = f"helped by {points:.1f} points" if points > 0 else f"hurt by {-points:.1f} points"
+    what = f"{'helped' if points > 0 else 'hurt'} by {abs(points):.1f} points"
+    what = what if result["beyond_noise"] else "made no clear difference"
     if any(plan[stage]["limit"] for stage in plan["measured"]):
         hurry = "The time was too short to see every image even once: give more --minutes."
     else:
         hurry = ""
-    head = f"Pretraining {what if points else 'made no difference'} on test (n = {n}): {a:.1%} right with it, {b:.1%}"
+    head = f"Pretraining {what} on test (n = {n}): {a:.1%} right with it, {b:.1%}"
     head += f" for the same model trained from scratch with the same fine-tuning (epochs: {plan['finetune']['epochs']})"
     chance = f"two standard errors of the difference are {200 * result['standard_error']:.1f} points"
     if result["beyond_noise"]:
         noise = f"That is more than chance in the choice of {n} test images explains ({chance}), for one seed."
     else:
-        noise = f"That is within the noise of so few test images ({chance}), so nothing is shown either way."
+        noise = f"That is within the noise of so few test images: {chance}."
     where = "held out of your images by a seed, as there is no test/" if found.held_out else "those in test/"
     chosen = "the pretrained model" if result["chosen"] == "finetune" else "the model trained from scratch"
     said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
