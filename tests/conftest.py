@@ -19,7 +19,13 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one test process per core: see addopts in pyproject.toml
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    config.addinivalue_line("markers", "data: needs the full sets in the cache; skipped where they are not")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A run inside the test process sets the number of threads; the next test has one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 def _idx(part: str) -> ImageSet:

@@ -32,14 +32,6 @@ SHAPE: dict[str, Any] = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_
 DECODER: dict[str, Any] = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def autoencoder(**changes) -> MaskedAutoencoderViT:
     torch.manual_seed(0)
     return MaskedAutoencoderViT(**{**SHAPE, **DECODER, **changes})

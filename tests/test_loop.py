@@ -30,14 +30,6 @@ from maelab.training.parallel import start_engine
 GOLDEN = json.loads(FILE.read_text())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 

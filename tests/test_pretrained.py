@@ -23,7 +23,7 @@ SMALL = ("--limit", "64", "--batch-size", "32", "--threads", "1", "--kernels", "
 @pytest.fixture(scope="module")
 def tiny(digits_folder, tmp_path_factory):
     """(run folder of a tiny autoencoder, data flags)."""
-    threads, run = torch.get_num_threads(), tmp_path_factory.mktemp("tiny") / "run"
+    run = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
             patch.setattr(module, name, getattr(module, name))  # to have it back
@@ -31,7 +31,6 @@ def tiny(digits_folder, tmp_path_factory):
         data = ("--data", f"folder:{digits_folder}")
         assert cli.main(["pretrain", "smoke", *data, *SMALL, "--mask-ratio", "0.5", "--flip", "--out", str(run)]) == 0
         yield run, data
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from processes import Maelab, draw_little
 from safetensors.torch import load_file
@@ -30,14 +29,11 @@ TIMES = {"seconds", "images_per_s", "train_time_s"}
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
-    """For runs inside this process, whose threads are the tests' own."""
-    threads = torch.get_num_threads()
+def small_pictures(monkeypatch):
+    """For runs inside this process."""
     for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
         monkeypatch.setattr(module, name, getattr(module, name))  # to have it back
     draw_little()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +135,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(number, maelab, whole, dat
 
 
 @pytest.mark.parametrize("stop", [0, STEPS - 1, STEPS + 3], ids=["first", "last of an epoch", "within an epoch"])
-def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path, one_thread):
+def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path, small_pictures):
     """The signal comes within a step, which is still finished. The run stops a second time, further on."""
     monkeypatch.chdir(tmp_path)
     line = (*PRETRAIN, *MUON_AVERAGE, *data, "--out", "run")
@@ -152,7 +148,7 @@ def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path, one
     assert_same(tmp_path / "run", whole(*PRETRAIN, *MUON_AVERAGE))
 
 
-def test_a_signal_in_the_last_step_changes_nothing(monkeypatch, whole, data, tmp_path, one_thread):
+def test_a_signal_in_the_last_step_changes_nothing(monkeypatch, whole, data, tmp_path, small_pictures):
     at_step(monkeypatch, EPOCHS * STEPS - 1, lambda: signal.raise_signal(signal.SIGTERM))
     assert here(*PRETRAIN, *data, "--out", tmp_path / "run") == 0
     assert_same(tmp_path / "run", whole(*PRETRAIN))
@@ -242,7 +238,7 @@ def test_killed_at_random(seed, kills, maelab, whole, data, tmp_path):
     assert_same(tmp_path / "run", whole(*command))
 
 
-def test_rows_that_no_checkpoint_covers_are_written_again(monkeypatch, whole, data, tmp_path, one_thread):
+def test_rows_that_no_checkpoint_covers_are_written_again(monkeypatch, whole, data, tmp_path, small_pictures):
     """As a kill between metrics.jsonl and the checkpoint leaves it, then stops before the next row is written."""
     line, file = (*PRETRAIN, *data, "--out", tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     for step in (STEPS + 1, STEPS + 3):
@@ -433,7 +429,7 @@ def test_a_loss_that_is_not_finite_from_the_start(maelab, data, tmp_path):
 
 @pytest.mark.parametrize("step", [2 * STEPS + 2, 2 * STEPS - 1], ids=["within an epoch", "last update of an epoch"])
 def test_a_loss_that_is_no_longer_finite_spares_the_checkpoints(step, monkeypatch, capsys, whole, data, tmp_path,
-                                                                one_thread):  # fmt: skip
+                                                                small_pictures):  # fmt: skip
     """At the last update of an epoch only validation sees that the weights have gone."""
     line, run, before = (*PRETRAIN, *data, "--precision", "fp32", "--out", tmp_path / "run"), tmp_path / "run", {}
     original, seen = loop.schedule, []
@@ -485,7 +481,7 @@ def test_a_disk_too_full_for_the_pictures(maelab, whole, data, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["load", "figures.curves"])
-def test_ctrl_c_outside_training(where, monkeypatch, capsys, whole, data, tmp_path, one_thread):
+def test_ctrl_c_outside_training(where, monkeypatch, capsys, whole, data, tmp_path, small_pictures):
     """While the images are read there is nothing to save, and nothing stays; while pictures are drawn, all is saved."""
     line = (*PRETRAIN, *data, "--out", tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -33,14 +33,6 @@ from maelab.training.checkpoint import load_model
 from maelab.training.loop import Outcome, Task, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def options(out: Path | None = None) -> RunOptions:
     return RunOptions(out=out, device="cpu", threads=1)
 
