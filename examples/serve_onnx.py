@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 model, *images = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-names, prepare = about["class_names"], about["preprocessing"]
+about = session.get_modelmeta().custom_metadata_map  # other tools may have added to it
+names, prepare = json.loads(about["class_names"]), json.loads(about["preprocessing"])
 
 
 def pixels(path: str) -> np.ndarray:

@@ -63,7 +63,7 @@ def export(
         UsageError: if the format cannot express the model, a package is missing, or `out` exists.
         RunError: if the model is damaged, or the result differs from it.
     """
-    out = out or Path(f"{Path(run).resolve().name}-{format}{ENDINGS[format]}")
+    out = out or Path(f"{Path(run).resolve().name.replace(':', '-')}-{format}{ENDINGS[format]}")
     if out.exists():
         raise UsageError(f"--out {out} exists; remove it or choose another name")
     if out.suffix != ENDINGS[format] and ENDINGS[format]:

@@ -245,22 +245,21 @@ def test_the_encoder_of_an_autoencoder_in_onnx(tmp_path, monkeypatch, capfd):
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.1 * float(expected.std()))
 
 
-def test_serving_without_torch(exported, digits_folder):
+@pytest.mark.parametrize("name", ["model", "int8"])
+def test_serving_without_torch(name, exported, digits_folder):
     """examples/serve_onnx.py answers as the model does, in a process that could not import torch or maelab."""
-    run, folder, _ = exported
+    _, folder, _ = exported
     files = sorted(digits_folder.rglob("*.png"))[::50]
     code = f"""if True:
         import runpy, sys
         for name in ("torch", "maelab", "safetensors", "transformers", "onnx"):
             sys.modules[name] = None
-        sys.argv = ["serve", {str(folder / "model.onnx")!r}, *{[str(f) for f in files]!r}]
+        sys.argv = ["serve", {str(folder / f"{name}.onnx")!r}, *{[str(f) for f in files]!r}]
         runpy.run_path({str(ROOT / "examples" / "serve_onnx.py")!r}, run_name="__main__")"""
     done = subprocess.run([sys.executable, "-c", code], env=environment(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model = load_model(run)[0]
-    for file, line in zip(files, done.stdout.splitlines(), strict=True):
-        with torch.no_grad():
-            odds = model(scale(read_all([file], (28, 28), 1))).softmax(dim=1)[0]
+    logits = torch.from_numpy(answer(folder / f"{name}.onnx", "logits", scale(read_all(files, (28, 28), 1))))
+    for file, odds, line in zip(files, logits.softmax(dim=1), done.stdout.splitlines(), strict=True):
         assert line == f"{file}\t{int(odds.argmax())}\t{float(odds.max()):.4f}"
 
 
