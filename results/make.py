@@ -7,6 +7,7 @@ results/runs, and results/report.html and the README's table are made from that 
 import argparse
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,47 +24,68 @@ KEPT = HERE / "runs"
 README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
 ROWS = {"bf16": "recipe `mnist` in bfloat16, the default where the CPU has units for it", "fp32": "the same in float32"}
+WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
 def experiments() -> dict[str, dict[str, str]]:
     """Part -> name of a run -> what maelab is told; @NAME is the folder of another run of the table."""
-    quickstart = {}
+    quickstart, controls = {}, {}
     for name in ("bf16", "fp32"):
         for seed in SEEDS:
             run = f"{name}-s{seed}"
             quickstart[f"{run}-p"] = f"pretrain mnist --seed {seed} --precision {name}"
             quickstart[f"{run}-f"] = f"finetune mnist --init @{run}-p --seed {seed} --precision {name}"
-    return {"quickstart": quickstart}
+    for seed in SEEDS:
+        controls[f"mae-cifar-s{seed}"] = f"pretrain cifar10 --seed {seed}"
+        controls[f"mae-mnist-s{seed}"] = f"pretrain mnist {WIDE} --epochs 10 --seed {seed}"
+        for augmentation, flags in {"augmented": "", "plain": " --crop-padding 0 --no-flip"}.items():
+            for origin in ("scratch", "mnist", "cifar"):
+                init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
+                controls[f"{augmentation}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
+    return {"quickstart": quickstart, "controls": controls}
 
 
 def command(text: str) -> list[str]:
     return [str(WORK / word[1:]) if word.startswith("@") else word for word in shlex.split(text)]
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a run or a sweep is complete."""
+    return is_complete(folder) or bool(read_json(folder / "sweep.json").get("complete"))
+
+
 def run(todo: dict[str, str], jobs: int) -> None:
     """Do what is not done yet, `jobs` at a time; with several, each gets one thread.
 
     Raises:
-        SystemExit: with the status of the first that fails, after those that still run have ended.
+        SystemExit: with the status of the first that fails, after those that still run have ended; 130 when interrupted,
+            after those that run have saved themselves.
     """
-    waiting = {name: text for name, text in todo.items() if not is_complete(WORK / name)}
+    waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
     running: dict[str, subprocess.Popen[bytes]] = {}
     status = 0
-    while (waiting and not status) or running:
-        for name, text in list(waiting.items()):
-            ready = all(is_complete(WORK / word[1:]) for word in shlex.split(text) if word.startswith("@"))
-            if ready and len(running) < jobs and not status:
-                print(f"{name}: maelab {text}", file=sys.stderr)
-                threads = ["--threads", "1"] if jobs > 1 else []
-                words = [sys.executable, "-m", "maelab", *command(text), "--out", str(WORK / name), *threads]
-                running[name] = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-                del waiting[name]
-        time.sleep(0.5)
-        for name, process in list(running.items()):
-            if process.poll() is not None:
-                status = status or process.returncode
-                del running[name]
+    try:
+        while (waiting and not status) or running:
+            for name, text in list(waiting.items()):
+                ready = all(is_done(WORK / word[1:]) for word in shlex.split(text) if word.startswith("@"))
+                if ready and len(running) < jobs and not status:
+                    print(f"{time.strftime('%H:%M')} {name}: maelab {text}", file=sys.stderr)
+                    threads = ["--threads", "1"] if jobs > 1 else []
+                    words = [sys.executable, "-m", "maelab", *command(text), "--out", str(WORK / name), *threads]
+                    running[name] = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+                    del waiting[name]
+            time.sleep(0.5)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    status = status or process.returncode
+                    del running[name]
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+        status = 130
     if status:
         raise SystemExit(status)
 
@@ -117,9 +139,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    for part in arguments.parts or parts:
-        run(parts[part], arguments.jobs)
-        keep(list(parts[part]))
+    todo = {name: text for part in arguments.parts or parts for name, text in parts[part].items()}
+    try:
+        run(todo, arguments.jobs)
+    finally:
+        keep(list(todo))
     report([KEPT], out=HERE / "report.html")
     README.write_text(with_table(README.read_text()))
 
