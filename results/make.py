@@ -43,7 +43,9 @@ def experiments() -> dict[str, dict[str, str]]:
             for origin in ("scratch", "mnist", "cifar"):
                 init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
                 controls[f"{augmentation}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
-    return {"quickstart": quickstart, "controls": controls}
+    mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60"}
+    cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 80"}
+    return {"quickstart": quickstart, "controls": controls, "mnist": mnist, "cifar10": cifar}
 
 
 def command(text: str) -> list[str]:
@@ -59,8 +61,8 @@ def run(todo: dict[str, str], jobs: int) -> None:
     """Do what is not done yet, `jobs` at a time; with several, each gets one thread.
 
     Raises:
-        SystemExit: with the status of the first that fails, after those that still run have ended; 130 when interrupted,
-            after those that run have saved themselves.
+        SystemExit: with the status of the first that fails, after those that still run have ended; 130 when
+            interrupted, after those that run have saved themselves.
     """
     waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
     running: dict[str, subprocess.Popen[bytes]] = {}

@@ -95,9 +95,22 @@ def test_the_card_of_a_classifier(tmp_path):
     scores = {"val": {"accuracy": 0.98765}, "test": {"accuracy": 0.99123}}
     result = {"data": "mnist", "params": 1, "best_epoch": 5, "epochs": 6, "train_time_s": 60, **scores}
     checkpoint = {"arguments": {"img_size": [28, 28], "in_chans": 1}, "class_names": ("0", "1")}
-    card = pretrained.card("x", config, {}, result, checkpoint)
+    card = pretrained.card("x", config, {}, result, checkpoint, halved=False)
     assert "| accuracy on the test images, read once | 0.9912 |" in card and "epoch 5 of 6" in card
     assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --seed 3`" in card
+
+
+def test_large_weights_are_rounded_to_float16(tiny, tmp_path, monkeypatch):
+    whole = (tiny[0] / "checkpoints" / "best" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(pretrained, "LARGEST", whole - 1)
+    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    folder = ship(tiny[0], "half")
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * whole
+    assert "before the weights were rounded to float16" in (folder / "README.md").read_text()
+    (ours, _), (theirs, _) = load_model("maelab:half"), load_model(tiny[0])
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.half().float(), rtol=0, atol=0)
 
 
 def test_refusals(tiny, shipped, tmp_path, monkeypatch):
@@ -113,7 +126,7 @@ def test_refusals(tiny, shipped, tmp_path, monkeypatch):
     (unfinished / "result.json").unlink()
     refused(unfinished, "a", "unfinished is not the folder of a finished")
     monkeypatch.setattr(pretrained, "LARGEST", 1000)
-    refused(tiny[0], "a", r"model.safetensors has 0\.\d MB; at most 0 are shipped")
+    refused(tiny[0], "a", r"model.safetensors has 0\.\d MB in float16; at most 0 are shipped")
     assert [p.name for p in runs.PRETRAINED.iterdir()] == ["tiny-mae"]
     for name in ("maelab:other", "maelab:../../etc", "maelab:"):
         with pytest.raises(UsageError, match=f"^no pretrained weights are called {name}; choose from maelab:tiny-mae$"):

@@ -9,6 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load, save
+
 from maelab import recipes, runs
 from maelab.errors import UsageError
 
@@ -17,6 +20,8 @@ LARGEST = 8_000_000  # bytes of model.safetensors: a package is no place for mor
 
 def ship(run: str | Path, name: str, root: Path | None = None) -> Path:
     """Copy the best checkpoint of a finished run to where maelab:NAME is looked for, with a model card.
+
+    Weights that are too large in float32 are rounded to float16; models are float32 again when they are loaded.
 
     Args:
         run: run folder of a pretraining or a fine-tuning.
@@ -39,18 +44,26 @@ def ship(run: str | Path, name: str, root: Path | None = None) -> Path:
     if config.get("task") not in ("pretrain", "finetune") or not result:
         raise UsageError(f"{run} is not the folder of a finished pretraining or fine-tuning")
     best, checkpoint = runs.find_checkpoint(run), runs.read_checkpoint(run)
-    size = (best / "model.safetensors").stat().st_size
-    if size > LARGEST:
-        raise UsageError(f"{best}/model.safetensors has {size / 1e6:.1f} MB; at most {LARGEST / 1e6:.0f} are shipped")
-    text = card(name, config, runs.read_json(run / "env.json"), result, checkpoint)
+    weights = (best / "model.safetensors").read_bytes()
+    if halved := len(weights) > LARGEST:
+        weights = save({key: value.astype(np.float16) for key, value in load(weights).items()})
+    if len(weights) > LARGEST:
+        size = f"{len(weights) / 1e6:.1f} MB in float16"
+        raise UsageError(f"{best}/model.safetensors has {size}; at most {LARGEST / 1e6:.0f} are shipped")
+    text = card(name, config, runs.read_json(run / "env.json"), result, checkpoint, halved)
     runs.write_atomically(folder / "README.md", text.encode())
-    for file in ("config.json", "model.safetensors"):  # the weights last: with them the name is there
-        runs.write_atomically(folder / file, (best / file).read_bytes())
+    runs.write_atomically(folder / "config.json", (best / "config.json").read_bytes())
+    runs.write_atomically(folder / "model.safetensors", weights)  # last: with it the name is there
     return folder
 
 
 def card(
-    name: str, config: dict[str, Any], env: dict[str, Any], result: dict[str, Any], checkpoint: dict[str, Any]
+    name: str,
+    config: dict[str, Any],
+    env: dict[str, Any],
+    result: dict[str, Any],
+    checkpoint: dict[str, Any],
+    halved: bool,
 ) -> str:
     """A model card: what the weights are, how they were made, what they reach, licence and limits.
 
@@ -58,6 +71,7 @@ def card(
         name: of maelab:NAME.
         config, env, result: the run's config.json, env.json and result.json.
         checkpoint: see `maelab.runs.read_checkpoint`.
+        halved: whether the weights were rounded to float16.
     """
     height, width = checkpoint["arguments"]["img_size"]
     channels, val = checkpoint["arguments"]["in_chans"], result["val"]
@@ -76,6 +90,7 @@ def card(
         rows = [f"| accuracy on {held_out} | {val['accuracy']:.4f} |"]
         if "accuracy" in result.get("test", {}):
             rows.insert(0, f"| accuracy on the test images, read once | {result['test']['accuracy']:.4f} |")
+    rounded = "\n\nMeasured before the weights were rounded to float16." if halved else ""
     return f"""# maelab:{name}
 
 {what} of {result["params"]:,} parameters, trained on {result["data"]} by maelab.
@@ -90,7 +105,7 @@ def card(
 
 | measured | |
 |---|---|
-{chr(10).join(rows)}
+{chr(10).join(rows)}{rounded}
 
 Limits: one run of one seed, so no spread is known. It has seen {result["data"]} alone, {height}x{width} pixels with
 {channels} channel{"s" * (channels > 1)} scaled to [-1, 1]; what it makes of other images is not tested.

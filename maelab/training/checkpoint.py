@@ -92,7 +92,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
     try:
         with torch.device("meta"):  # so that nothing large is allocated before the shapes are seen to fit
             model = spec.build()
-        model.load_state_dict(safetensors.torch.load_file(file) if found is None else found.state, assign=True)
+        state = safetensors.torch.load_file(file) if found is None else found.state
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, safetensors.SafetensorError) as error:
         why = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise RunError(f"{file} is damaged or does not fit its config.json: {why}") from error
