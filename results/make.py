@@ -52,6 +52,15 @@ def command(text: str) -> list[str]:
     return [str(WORK / word[1:]) if word.startswith("@") else word for word in shlex.split(text)]
 
 
+def needed(names: list[str], table: dict[str, str]) -> dict[str, str]:
+    """The runs of these names, each after those that it begins from."""
+    todo: dict[str, str] = {}
+    for name in names:
+        origins = [word[1:] for word in shlex.split(table[name]) if word.startswith("@")]
+        todo |= needed(origins, table) | {name: table[name]}
+    return todo
+
+
 def is_done(folder: Path) -> bool:
     """Whether a run or a sweep is complete."""
     return is_complete(folder) or bool(read_json(folder / "sweep.json").get("complete"))
@@ -67,6 +76,8 @@ def run(todo: dict[str, str], jobs: int) -> None:
     waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
     running: dict[str, subprocess.Popen[bytes]] = {}
     status = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         while (waiting and not status) or running:
             for name, text in list(waiting.items()):
@@ -136,12 +147,13 @@ def with_table(text: str) -> str:
 def main() -> None:
     parts = experiments()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}; none is all")
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}, or names of runs; none is all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(parts):
+    table = {name: text for part in parts.values() for name, text in part.items()}
+    if unknown := set(arguments.parts) - set(parts) - set(table):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    todo = {name: text for part in arguments.parts or parts for name, text in parts[part].items()}
+    todo = needed([name for part in arguments.parts or parts for name in parts.get(part, [part])], table)
     try:
         run(todo, arguments.jobs)
     finally:
