@@ -25,12 +25,22 @@ README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
 ROWS = {"bf16": "recipe `mnist` in bfloat16, the default where the CPU has units for it", "fp32": "the same in float32"}
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
+AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
+SHARES = {
+    "share1": " --label-fraction 0.01 --epochs 100 --batch-size 64",
+    "share10": " --label-fraction 0.1 --epochs 30 --batch-size 128",
+}
+ADAPTATIONS = {
+    "new-patches": " --adapt-patch-embed reinit",
+    "new-positions": " --adapt-pos-embed reinit",
+    "new-both": " --adapt-patch-embed reinit --adapt-pos-embed reinit",
+}
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
 def experiments() -> dict[str, dict[str, str]]:
     """Part -> name of a run -> what maelab is told; @NAME is the folder of another run of the table."""
-    quickstart, controls = {}, {}
+    quickstart, controls, transfer, adapted, labels = {}, {}, {}, {}, {}
     for name in ("bf16", "fp32"):
         for seed in SEEDS:
             run = f"{name}-s{seed}"
@@ -39,12 +49,23 @@ def experiments() -> dict[str, dict[str, str]]:
     for seed in SEEDS:
         controls[f"mae-cifar-s{seed}"] = f"pretrain cifar10 --seed {seed}"
         controls[f"mae-mnist-s{seed}"] = f"pretrain mnist {WIDE} --epochs 10 --seed {seed}"
-        for augmentation, flags in {"augmented": "", "plain": " --crop-padding 0 --no-flip"}.items():
-            for origin in ("scratch", "mnist", "cifar"):
-                init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
-                controls[f"{augmentation}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
+        for origin in ("scratch", "mnist", "cifar"):
+            init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
+            for name, flags in AUGMENTATIONS.items():
+                controls[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
+            for name, flags in SHARES.items():
+                labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
+        for origin, init in {"scratch": "", "mae": f" --init @bf16-s{seed}-p"}.items():
+            for name, flags in SHARES.items():
+                labels[f"mnist-{name}-{origin}-s{seed}"] = f"finetune mnist{init}{flags} --seed {seed}"
+        labels[f"mnist-scratch-s{seed}"] = f"finetune mnist --seed {seed}"
+        transfer[f"transfer-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed} --epochs 20 --seed {seed}"
+        for name, flags in ADAPTATIONS.items():
+            adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60"}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 80"}
+    parts = {"quickstart": quickstart, "controls": controls, "transfer": transfer, "adaptations": adapted}
+    return parts | {"labels": labels, "mnist": mnist, "cifar10": cifar}
     return {"quickstart": quickstart, "controls": controls, "mnist": mnist, "cifar10": cifar}
 
 

@@ -143,6 +143,7 @@ def test_labels_curve_lists_each_share(tmp_path):
             write(
                 tmp_path / "r" / f"{share}-s{seed}", "finetune", "cifar10", share / 2, label_fraction=share, seed=seed
             )
+    write(tmp_path / "r" / "longer", "finetune", "cifar10", 0.9, epochs=20)  # no part of the line: another length
     text = page(tmp_path / "r", tmp_path / "page.html").text
     assert "from scratch 0.0050 ± 0.0000 0.0500 ± 0.0000 0.5000 ± 0.0000" in text
 

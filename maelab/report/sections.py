@@ -434,14 +434,15 @@ def label_fractions(material: Material) -> Section | None:
     for family in families(material.of("finetune"), loose):
         lines: dict[str, dict[float, list[float]]] = {}
         members: dict[str, list[Group]] = {}
-        for group in family:
+        for group in sorted(family, key=lambda g: g.config["epochs"]):  # of two lengths at one share, the shorter
             same = next((n for n, others in members.items() if _rest(others[0]) == _rest(group)), None)
             values = [v for r in group.done if (v := number(r.result, "test", "accuracy")) is not None]
-            if values:
+            share = group.config["label_fraction"]
+            if values and share not in lines.get(same or "", {}):
                 line = same or _without_share(group.name)
                 line = line if same or line not in members else group.name
                 members.setdefault(line, []).append(group)
-                lines.setdefault(line, {}).setdefault(group.config["label_fraction"], []).extend(values)
+                lines.setdefault(line, {})[share] = values
         lines = {name: points for name, points in lines.items() if len(points) > 1}
         if not lines:
             continue
