@@ -23,7 +23,15 @@ WORK = HERE.parent / "runs" / "results"
 KEPT = HERE / "runs"
 README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
-ROWS = {"bf16": "recipe `mnist` in bfloat16, the default where the CPU has units for it", "fp32": "the same in float32"}
+ROWS = {  # of the README's table: what it says, then which autoencoders and which classifiers
+    "MNIST, 6 epochs + 6, bfloat16: recipe `mnist` as it comes": ("bf16-s?-p", "bf16-s?-f"),
+    "the same in float32": ("fp32-s?-p", "fp32-s?-f"),
+    "CIFAR-10, 10 epochs from scratch: recipe `cifar10`": ("", "augmented-scratch-s?"),
+    "CIFAR-10, 10 epochs from an MNIST autoencoder": ("", "augmented-mnist-s?"),
+    "CIFAR-10, 10 epochs from a CIFAR-10 autoencoder of 15": ("", "augmented-cifar-s?"),
+    "CIFAR-10, 20 epochs from an MNIST autoencoder": ("", "transfer-s?"),
+}
+PICTURES = ("reconstructions.png", "predictions.png")  # that the page shows; it draws the others itself
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
 AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
 SHARES = {
@@ -125,37 +133,36 @@ def run(todo: dict[str, str], jobs: int) -> None:
 
 
 def keep(names: list[str]) -> None:
-    """Copy what is small of the complete runs: configs, metrics, results, pictures."""
+    """Copy what is small of the complete runs: configs, metrics, results; of the first seed the pictures too."""
     for name in names:
         source, target = WORK / name, KEPT / name
-        if is_complete(source):
+        if is_done(source):
             shutil.rmtree(target, ignore_errors=True)
-            for file in (*source.glob("*.json"), *source.glob("*.jsonl"), *source.glob("figures/*.png")):
-                (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target / file.relative_to(source))
+            for file in source.rglob("*"):
+                record = file.suffix in (".json", ".jsonl") and "checkpoints" not in file.parts
+                if record or (file.name in PICTURES and read_json(file.parents[1] / "config.json").get("seed") == 0):
+                    (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target / file.relative_to(source))
 
 
 def statistic(runs: list[dict[str, Any]], part: str, key: str) -> str:
-    """Mean, and sample standard deviation where there are several."""
+    """Mean, and sample standard deviation where there are several; a dash for none."""
     values = [run[part][key] for run in runs]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
+    return f"{statistics.fmean(values):.4f}{spread}" if values else "-"
 
 
 def table() -> str:
-    """The README's results as Markdown, from what is kept: a row for each pair of pretraining and fine-tuning."""
+    """The README's results as Markdown, from what is kept."""
     lines = [
         "| what | seeds | masked MSE, validation | accuracy, validation | accuracy, test |",
         "|---|---|---|---|---|",
     ]
-    for name, what in ROWS.items():
-        pretrained, tuned = ([read_json(f) for f in sorted(KEPT.glob(f"{name}-s*-{t}/result.json"))] for t in "pf")
-        if pretrained and tuned:
-            figures = (
-                statistic(pretrained, "val", "masked_mse"), statistic(tuned, "val", "accuracy"),
-                statistic(tuned, "test", "accuracy"),
-            )  # fmt: skip
-            lines.append(f"| {what} | {len(tuned)} | {' | '.join(figures)} |")
+    for what, names in ROWS.items():
+        pretrained, tuned = ([read_json(f / "result.json") for f in KEPT.glob(n)] if n else [] for n in names)
+        figures = statistic(pretrained, "val", "masked_mse"), statistic(tuned, "val", "accuracy")
+        if tuned:
+            lines.append(f"| {what} | {len(tuned)} | {' | '.join(figures)} | {statistic(tuned, 'test', 'accuracy')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -179,7 +186,8 @@ def main() -> None:
         run(todo, arguments.jobs)
     finally:
         keep(list(todo))
-    report([KEPT], out=HERE / "report.html")
+    shutil.rmtree(HERE / "figures", ignore_errors=True)
+    report([KEPT], out=HERE / "report.html", figures=HERE / "figures")
     README.write_text(with_table(README.read_text()))
 
 

@@ -137,6 +137,14 @@ def test_groups_are_named_by_what_differs(tmp_path):
     ]  # fmt: skip
 
 
+def test_errors_of_normalised_pixels_are_starred(tmp_path):
+    write(tmp_path / "r" / "a", "pretrain", "mnist", 0.11)
+    assert "Starred" not in page(tmp_path / "r", tmp_path / "page.html").text
+    write(tmp_path / "r" / "b", "pretrain", "cifar10", 0.03)
+    text = page(tmp_path / "r", tmp_path / "page.html").text
+    assert "0.0300*" in text and "0.1100*" not in text and "Starred: trained on normalised pixels" in text
+
+
 def test_labels_curve_lists_each_share(tmp_path):
     for share in (0.01, 0.1, 1.0):
         for seed in (0, 1):

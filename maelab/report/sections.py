@@ -99,11 +99,12 @@ def autoencoders(material: Material) -> list[Table]:
         if not group.done:
             continue
         c = group.config
+        star = "*" if c["norm_pix_loss"] else ""
         probes = Group("", tuple(_probes(material, group)))
         rows.append(
             [
                 title(group.runs[0].data), str(c["patch_size"]), f"{c['mask_ratio']:g}", str(c["epochs"]),
-                show(measured(group, "train", "masked_mse")), show(measured(group, "val", "masked_mse")),
+                show(measured(group, "train", "masked_mse")) + star, show(measured(group, "val", "masked_mse")) + star,
                 show(measured(probes, "test", "knn_accuracy")), show(measured(probes, "test", "accuracy")),
                 str(len(group.done)), duration((measured(group, "train_time_s") or (None,))[0]),
                 numbers([group, probes]),
@@ -114,6 +115,11 @@ def autoencoders(material: Material) -> list[Table]:
         "Masked autoencoders: mean squared error over hidden pixels on the [-1, 1] scale, and what frozen features are"
         " good for. Errors at other patch sizes and mask ratios belong to other tasks and do not compare."
     )
+    if any(run.config["norm_pix_loss"] for run in material.of("pretrain")):
+        caption += (
+            " Starred: trained on normalised pixels; the error then uses each hidden patch's true mean and deviation,"
+            " and is not that of a whole prediction."
+        )
     return [Table(caption, (*head, "time a run", "runs"), rows, frozenset({0, 10}))] if rows else []
 
 
