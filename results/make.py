@@ -43,6 +43,9 @@ ADAPTATIONS = {
     "new-positions": " --adapt-pos-embed reinit",
     "new-both": " --adapt-patch-embed reinit --adapt-pos-embed reinit",
 }
+STRONG_MNIST = "--epochs 20 --affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
+STRONG_MNIST += " --random-erasing 0.2 --ema-decay 0.999"
+STRONG_CIFAR = "--epochs 150 --mixup 0.8 --cutmix 1 --rand-augment-ops 2 --ema-decay 0.999"
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
@@ -71,7 +74,9 @@ def experiments() -> dict[str, dict[str, str]]:
         for name, flags in ADAPTATIONS.items():
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60"}
+    mnist |= {f"best-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 80"}
+    cifar |= {"best-cifar-s0": f"finetune cifar10 --init @mae-cifar-long {STRONG_CIFAR}"}
     parts = {"quickstart": quickstart, "controls": controls, "transfer": transfer, "adaptations": adapted}
     return parts | {"labels": labels, "mnist": mnist, "cifar10": cifar}
     return {"quickstart": quickstart, "controls": controls, "mnist": mnist, "cifar10": cifar}
