@@ -1,5 +1,6 @@
 """Sweeps: the same pretraining over a grid of settings, each cell judged by what its encoder is good for."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
 from maelab.training.loop import Interrupted
-from maelab.training.runlog import say
+from maelab.training.runlog import in_words, part_of, say
 
 JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accuracy")
 
@@ -64,17 +65,23 @@ def sweep(
     """
     options = options or RunOptions()
     rows: list[dict[str, Any]] = []
+    taken: list[float] = []  # seconds, by the cells that were not done before
     for number, (settings, config) in enumerate(cells.items(), 1):
         name = ",".join(f"{field}={value}" for field, value in settings)
-        say(f"cell {number} of {len(cells)}: {name.replace(',', ', ')}")
         row: dict[str, Any] = {"settings": dict(settings)}
+        title, begun = f"cell {number} of {len(cells)}: {name.replace(',', ', ')}", time.perf_counter()
+        fresh = not is_complete(out / name / "finetune")
         try:
-            row |= run_cell(config, finetuning, out / name, options)
+            with part_of(title):
+                row |= run_cell(config, finetuning, out / name, options)
+            said = "  ".join(f"{judgement} {row[judgement]:.4f}" for judgement in JUDGEMENTS)
         except Interrupted:
             raise
         except MaelabError as error:
-            say(f"cell {name} failed: {error}")
-            row["error"] = str(error)
+            row["error"] = said = str(error)
+        taken += [time.perf_counter() - begun] if fresh else []
+        left = sum(taken) / max(1, len(taken)) * (len(cells) - number)
+        say(f"{title}  {said}" + (f"  about {in_words(left)} left" if taken and number < len(cells) else ""))
         rows.append(row)
         write_json(out / "sweep.json", _ranked(rows, complete=number == len(cells)))
     result = _ranked(rows, complete=True)

@@ -77,9 +77,10 @@ def experiments() -> dict[str, dict[str, str]]:
     mnist |= {f"best-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 80"}
     cifar |= {"best-cifar-s0": f"finetune cifar10 --init @mae-cifar-long {STRONG_CIFAR}"}
-    parts = {"quickstart": quickstart, "controls": controls, "transfer": transfer, "adaptations": adapted}
-    return parts | {"labels": labels, "mnist": mnist, "cifar10": cifar}
-    return {"quickstart": quickstart, "controls": controls, "mnist": mnist, "cifar10": cifar}
+    grid = "--grid patch_size=2,4,7,14 --grid mask_ratio=0.3,0.5,0.7,0.9"
+    sweep = {"sweep": f"sweep mnist {grid} --epochs 10 --val-fraction 0.2 --finetune-epochs 2"}
+    parts = {"quickstart": quickstart, "sweep": sweep, "controls": controls, "transfer": transfer}
+    return parts | {"adaptations": adapted, "labels": labels, "mnist": mnist, "cifar10": cifar}
 
 
 def command(text: str) -> list[str]:

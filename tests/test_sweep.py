@@ -36,6 +36,13 @@ def test_cells_are_judged_and_a_failing_one_is_reported(swept):
     assert len(list((folder / "runs" / "sweep-smoke" / "figures").glob("*.png"))) == 4
 
 
+def test_one_line_for_each_cell(swept):
+    lines = [line for line in swept[2].err.splitlines() if line.startswith("cell ")]
+    assert [line.split(":")[0] for line in lines] == [f"cell {n} of 3" for n in (1, 2, 3)]
+    assert "5 does not divide" in lines[0] and "finetune_accuracy 0." in lines[1] and " left" in lines[1]
+    assert "epoch 1/1" not in swept[2].err and "left" not in lines[2]
+
+
 def test_what_is_finished_is_not_done_again(swept, maelab):
     folder, line, _ = swept
     results = sorted((folder / "runs").rglob("result.json"))

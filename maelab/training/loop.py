@@ -25,7 +25,7 @@ from maelab.errors import MaelabError, RunError, UsageError
 from maelab.training.checkpoint import ModelSpec, load_training, save_model, save_training
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
 from maelab.training.parallel import Engine
-from maelab.training.runlog import RunLog
+from maelab.training.runlog import RunLog, in_words
 
 StepLoss = Callable[[Any, int, int, int], dict[str, torch.Tensor]]  # see Task
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
@@ -227,7 +227,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
                     log.line(
                         f"epoch {epoch}/{config.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in named.items())
                         + f"{task.note}  lr {rates['lr']:.2e}  {rates['images_per_s']:.0f} images/s"
-                        f"  {_in_words(left / (position['step'] - first_step))} left"
+                        f"  {in_words(left / (position['step'] - first_step))} left"
                     )  # fmt: skip
                     save()
                 elif stopping:
@@ -276,9 +276,3 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _top_rate(optimizers: Any) -> float:
     return max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
-
-
-def _in_words(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

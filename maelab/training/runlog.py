@@ -30,10 +30,31 @@ _OURS = re.compile(r"\.lock|\..+\.\d+")  # the lock, and files under their tempo
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_whole = ""  # what the runs of the moment are a part of
+
+
+@contextmanager
+def part_of(whole: str) -> Iterator[None]:
+    """Let the runs inside show one bar, headed `whole`, and no lines of their own."""
+    global _whole
+    _whole = whole
+    try:
+        yield
+    finally:
+        _whole = ""
+
+
 def say(text: str) -> None:
-    """Print a line for people, on stderr; of several processes only the first speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print a line for people, on stderr; of several processes only the first speaks, and none as part of a whole."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not _whole:
         console.print(text, markup=False)
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it: '3 h 05 min', '2 min 10 s', '7 s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def resolved(task: str, recipe: str, config: object) -> dict[str, Any]:
@@ -212,7 +233,7 @@ class RunLog:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
         silent = folder is None or not console.is_terminal
         self._bar = Progress(*columns, console=console, transient=True, disable=silent)
-        self._total = self._bar.add_task("starting", total=total_steps)
+        self._total = self._bar.add_task(f"{_whole} starting".lstrip(), total=total_steps)
         self._bar.start()
 
     @property
@@ -222,7 +243,7 @@ class RunLog:
 
     def step(self, step: int, text: str) -> None:
         """Move the bar to `step` and show `text` beside it."""
-        self._bar.update(self._total, completed=step, description=text)
+        self._bar.update(self._total, completed=step, description=f"{_whole}  {text}".lstrip())
 
     def epoch(self, epoch: int, split: str, **values: float) -> None:
         """Write one row: the metrics of one split after an epoch (counted from 1)."""
