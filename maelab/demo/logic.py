@@ -200,7 +200,7 @@ class Rebuilt:
     """What an autoencoder makes of a masked image: pictures (C, H, W) in [-1, 1] and errors over the hidden pixels."""
 
     picture: torch.Tensor
-    error: np.ndarray  # uint8 (H, W): absolute error, 255 = from black to white
+    error: np.ndarray  # uint8 (H, W): square root of the absolute error, 255 = from black to white
     masked_mse: float
     visible_mean_mse: float  # of guessing the mean of the visible pixels
 
@@ -221,7 +221,7 @@ def rebuild(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> Rebuilt:
     assert isinstance(chosen.model, MaskedAutoencoderViT)
     x = scale(fit(chosen.model, image))
     _, rebuilt, error = reconstruct_images(chosen.model, x, mask)
-    apart = (rebuilt - x).abs().mean(dim=1)[0] * 127.5  # (H, W)
+    apart = ((rebuilt - x).abs().mean(dim=1)[0] / 2).sqrt() * 255  # (H, W); the root shows small errors too
     mean = visible_mean_mse(chosen.model, x, mask)
     return Rebuilt(rebuilt[0].cpu(), apart.round().to(torch.uint8).cpu().numpy(), error, mean)
 

@@ -103,7 +103,7 @@ def scene(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> str:
     bars = _bars("mean squared error over the hidden pixels, on a scale from -1 to 1", rows, "wide")
     given = getattr(chosen.model, "norm_pix_loss", False)
     note = '<p class="note">Patches were given their true mean and deviation.</p>' * given
-    pictures = _card("rebuilt", rebuilt.picture), _card("absolute error", rebuilt.error)
+    pictures = _card("rebuilt", rebuilt.picture), _card("absolute error (root)", rebuilt.error)
     return text + _cards(*pictures, attention, bars) + note
 
 
