@@ -182,6 +182,21 @@ def test_without_kernels_the_plain_path_runs_and_says_why(tmp_path, setting: dic
 
 
 @native
+def test_without_amx_the_same_holds_on_plain_avx512(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": str(compiler)}
+    code = "from maelab.model import fast; print(fast.reason())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "native kernels on AVX-512\n"
+    chosen = "block_matches or muon_steps or same_bits or memory_held"
+    tests = [sys.executable, "-m", "pytest", "-n", "0", "-k", chosen, __file__]
+    done = subprocess.run(tests, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@native
 def test_processes_that_build_at_once_all_get_the_kernels(tmp_path):
     compiler = tmp_path / "cc"  # slow enough for all to be in it, and quick enough for a test
     compiler.write_text(f'#!/bin/sh\nsleep 1\nfor last; do :; done\ncp "{fast._load()[0]._name}" "$last"\n')  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Transformer blocks in native bfloat16 on CPUs with AMX: same numbers as autocast, several times the speed.
+"""Transformer blocks in native bfloat16 on CPUs with AMX or AVX-512: same numbers as autocast, much faster.
 
 Optional. `usable` says whether a block can run here; where it cannot (another processor, no C compiler, float32, a
 shape that does not fit tiles) the plain code of `vit.py` runs, and `reason` says why in one line.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).parents[1] / "native" / "kernels.c"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
+NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 MAX_TOKENS = 1024  # a head's scores have to stay in cache
 CHUNK_ROWS = 260  # tokens that a thread takes through a block at a time
 
@@ -82,10 +82,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)  # two processes at once: the last one wins, both are whole
         library = ctypes.CDLL(str(path))  # finds the OpenMP runtime that torch has loaded: one pool of threads
-        library.block_workspace.restype = library.muon_workspace.restype = ctypes.c_int64
+        for sizes in (library.block_workspace, library.block_kept, library.muon_workspace):
+            sizes.restype = ctypes.c_int64
         if library.start():
             return None, "the system does not grant the use of AMX tiles"
-        return library, f"native bfloat16 kernels ({path.name})"
+        units = "AMX" if ctypes.c_int64.in_dll(library, "amx").value else "AVX-512"
+        return library, f"native kernels on {units}"
     except subprocess.CalledProcessError as error:
         return None, f"the C compiler failed: {error.stderr.decode(errors='replace').strip().splitlines()[-1:]}"
     except (OSError, subprocess.SubprocessError) as error:
@@ -98,7 +100,7 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """One line: which kernels serve bfloat16 blocks on this CPU, or why none do."""
+    """One line: which kernels serve bfloat16 blocks on this CPU ('native kernels on AMX'), or why none do."""
     return _load()[1]
 
 
@@ -143,8 +145,7 @@ class _RunBlock(torch.autograd.Function):
         )
         y = torch.empty(B, tail, D)
         packed = torch.empty(4 * D * D + 2 * D * F, dtype=torch.bfloat16)
-        room = (B * heads * tail + 32) * (-(-L // 32) * 32) + (B * tail + 32) * D  # see Block in kernels.c
-        kept = torch.empty(room, dtype=torch.bfloat16) if keep else None
+        kept = torch.empty(library.block_kept(ctypes.byref(arguments)), dtype=torch.bfloat16) if keep else None
         tensors = dict(zip(["x", "scale1", "scale2", *_PARAMETERS], [x, scale1, scale2, *parameters], strict=True))
         for name, tensor in tensors.items():
             setattr(arguments, name, None if tensor is None else tensor.data_ptr())

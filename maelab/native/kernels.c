@@ -1,9 +1,11 @@
-// One pre-norm Transformer block, forward and backward, in bfloat16 on Intel AMX.
+// One pre-norm Transformer block, forward and backward, in bfloat16 on Intel AMX, or else on AVX-512.
 //
 // A thread takes a few samples at a time (a chunk) through the whole block, so that every activation between the
 // block's input and its output stays in the core's own cache. Only the input and attention's results are kept for the
 // backward pass, which computes the rest again: that costs less than writing it to memory and reading it back. Matrix
 // products run on 16x16 tiles (bfloat16 factors, float32 sums); norms, softmax, GELU, residuals and sums are float32.
+// Without AMX the same tiles are multiplied by float32 vector instructions. Products are dear then, and q, k, v and what
+// goes into GELU are kept as well.
 //
 // Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
 
@@ -25,7 +27,7 @@ typedef struct {
     const float *n1w, *n1b, *qkvb, *projb, *n2w, *n2b, *fc1b, *fc2b, *qkvw, *projw, *fc1w, *fc2w;  // qkvb may be NULL
     float *y;           // (B, T, D)
     bf16 *packed;       // (12 D^2 for F = 4 D) weights in tile order, for the forward products
-    bf16 *kept;         // attention's probabilities (B, H, T, L to 32) and results (B, T, D) for the backward pass, or NULL
+    bf16 *kept;         // for the backward pass, or NULL: see block_kept
     const float *dy;    // backward: (B, T, D)
     float *dx, *grads;  // (B, L, D); gradients one after the other, in the order of the parameters above
     char *work;
@@ -35,14 +37,37 @@ typedef struct {
 #define INLINE static inline __attribute__((always_inline))
 #define UP(n, m) (((n) + (m) - 1) / (m) * (m))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#ifdef __AMX_BF16__
+const int64_t amx = 1;
+enum { KEEP_MORE = 0 };
+#else
+const int64_t amx = 0;
+enum { KEEP_MORE = 1 };
+#endif
 
 // ------------------------------------------------------------------------------------------------- small helpers
 
 INLINE __m512 from_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
+#ifdef __AVX512BF16__
+INLINE __m256i one_to_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 INLINE __m512i two_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-INLINE void to_bf16(bf16 *p, __m512 v) { _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#else
+INLINE __m256i one_to_bf16(__m512 v) {  // to the nearest, ties to even
+    __m512i bits = _mm512_castps_si512(v), lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+INLINE __m512i two_to_bf16(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(one_to_bf16(low)), one_to_bf16(high), 1);
+}
+#endif
+INLINE void to_bf16(bf16 *p, __m512 v) { _mm256_storeu_si256((void *)p, one_to_bf16(v)); }
+// The two numbers in each 32 bits, of which the first is the lower half.
+INLINE __m512 first_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+INLINE __m512 second_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))); }
+INLINE __m512 add_pairs(__m512 sum, __m512i pairs) { return _mm512_add_ps(_mm512_add_ps(sum, first_of(pairs)), second_of(pairs)); }
 
 INLINE __m512 exp2_(__m512 x) {  // 2^x, relative error 3e-6
     __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(9.57002e-3f);
@@ -118,11 +143,14 @@ INLINE void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits
 // A tile is 16 rows of 64 bytes. C (16 x 16 float32) += A (16 x 32 bfloat16) B, where B holds 32 x 16 elements as
 // pairs of rows: B[p][n] = (b[2 p][n], b[2 p + 1][n]).
 
+#ifdef __AMX_BF16__
 static void tiles_on(void) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     _tile_loadconfig(&config);
 }
+
+static void tiles_off(void) { _tile_release(); }
 
 // C (16 mt x 16 nt) [+]= A B over kt tiles. Strides in bytes: A from tile to tile down (am), right (ak) and from row
 // to row (lda); B's columns of tiles are bn apart, its tiles 1024; C's rows are ldc apart.
@@ -176,6 +204,56 @@ static void mul(long mt, long nt, long kt, const void *a_, long am, long ak, lon
         }
 }
 
+#else
+static void tiles_on(void) {}
+static void tiles_off(void) {}
+
+// The left factor as float32, for each k its 16 rows side by side, up to so many tiles of it: first-level cache.
+#define DEEP 10L
+static _Thread_local float panel[DEEP * 512] __attribute__((aligned(64)));
+
+static void make_panel(long kt, const bf16 *a, long ak, long lda) {
+    float *o = panel;
+    for (long k = 0; k < kt; k++, a += ak / 2) {
+        __m512i t[16];
+        for (int i = 0; i < 16; i++) t[i] = _mm512_loadu_si512(a + i * lda / 2);
+        transpose(t);
+        for (int i = 0; i < 16; i++, o += 32) {
+            _mm512_store_ps(o, first_of(t[i]));
+            _mm512_store_ps(o + 16, second_of(t[i]));
+        }
+    }
+}
+
+// C (16 x 16) [+]= panel B over kt tiles of B, one after the other. C's rows are ldc bytes apart.
+static __attribute__((noinline)) void tile_mul(long kt, const bf16 *b, float *c, long ldc, int add) {
+    __m512 sum[16];
+    const float *a = panel;
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) sum[r] = add ? _mm512_load_ps(c + r * ldc / 4) : _mm512_setzero_ps();
+    for (long p = 0; p < 16 * kt; p++, a += 32, b += 32) {
+        __m512i pairs = _mm512_load_si512(b);
+        __m512 first = first_of(pairs), second = second_of(pairs);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), first, sum[r]);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[r + 16]), second, sum[r]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) _mm512_store_ps(c + r * ldc / 4, sum[r]);
+}
+
+static void mul(long mt, long nt, long kt, const void *a, long am, long ak, long lda, const void *b, void *c, long ldc) {
+    for (long m = 0; m < mt; m++)
+        for (long k = 0; k < kt; k += DEEP) {
+            long steps = MIN(DEEP, kt - k);
+            make_panel(steps, (const bf16 *)a + (m * am + k * ak) / 2, ak, lda);
+            for (long n = 0; n < nt; n++)
+                tile_mul(steps, (const bf16 *)b + (n * kt + k) * 512, (float *)c + (m * ldc * 16 + n * 64) / 4, ldc, k > 0);
+        }
+}
+#endif
+
 // Packing matrices that are summed over their rows leaves each group of 32 columns in the order in which the unpack
 // instructions deal them out: position p of tile t is column 8 (p / 4) + 4 t + p % 4.
 INLINE long position(long column) {
@@ -193,7 +271,6 @@ INLINE void in_order(__m512 *low, __m512 *high) {  // two tiles' rows -> columns
 // transposed the left one (A). Rows are filled with zeros to a multiple of 32. Tile (i, k) is the (i RB + k)-th for
 // columns 16 i... and rows 32 k..., RB = rows / 32 rounded up. Also adds the sum of each column to `sums`, if given.
 INLINE void pack_rows(const bf16 *src, long ld, long rows, long cols, bf16 *out, int left, float *sums) {
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     long RB = UP(rows, 32) / 32;
     for (long c = 0; c < cols; c += 32) {
         __mmask32 mask = cols - c >= 32 ? 0xffffffffu : 0xffffu;
@@ -208,8 +285,8 @@ INLINE void pack_rows(const bf16 *src, long ld, long rows, long cols, bf16 *out,
                 low[i] = _mm512_unpacklo_epi16(a, b);
                 high[i] = _mm512_unpackhi_epi16(a, b);
                 if (sums) {
-                    sum0 = _mm512_dpbf16_ps(sum0, (__m512bh)low[i], ones);
-                    sum1 = _mm512_dpbf16_ps(sum1, (__m512bh)high[i], ones);
+                    sum0 = add_pairs(sum0, low[i]);
+                    sum1 = add_pairs(sum1, high[i]);
                 }
             }
             if (left) transpose(low);
@@ -278,7 +355,7 @@ enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32, ADD_F32 };
 #define SLICE 192L  // of the MLP's hidden width, taken at a time on the way back: its weights and sums stay in cache
 
 // What becomes of 32 columns of one row of a product, v, at `at` in the result:
-//   STORE       out = v + bias                      GELU       out = gelu(v + bias)
+//   STORE       out = v + bias                      GELU       out = gelu(v + bias), grad = v + bias if it is given
 //   ADD_TO      sum = from + scale (v + bias)       GELU_BOTH  packed = gelu(v + bias), grad = gelu'(v + bias)
 //   STORE_F32   sum = v;  ADD_F32  sum += v         TIMES      grad *= v, packed = grad, sum += sums of columns
 // where `packed` is what pack_right makes of the result.
@@ -288,9 +365,9 @@ typedef struct {
     float *sum;
 } Finish;
 
-// Rows `row` and `row + 1`; those beyond the last are zero in `packed`, and elsewhere only the caller's memory minds.
+// Rows `row` and `row + 1`. Those beyond the last are zero in `packed`, and what `grad` and `sum` hold there of a
+// caller's workspace does not matter.
 INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, long rows, long n, long N) {
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     __m512 v[4], slope[4], b0 = _mm512_setzero_ps(), b1 = b0;
     __m512i result[2];
     long at[2] = {row * N + n, row * N + N + n};
@@ -298,6 +375,8 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
     for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(c + 16 * j);
     if (f->bias)
         for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(v[j], j & 1 ? b1 : b0);
+    if (kind == GELU && f->grad)
+        for (int r = 0; r < 2 && row + r < rows; r++) _mm512_storeu_si512(f->grad + at[r], two_to_bf16(v[2 * r], v[2 * r + 1]));
     if (kind == GELU) gelu(v, 0);
     if (kind == GELU_BOTH) gelu(v, slope);
     for (int r = 0; r < 2; r++) {
@@ -314,6 +393,7 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
             _mm512_storeu_ps(f->sum + at[r], _mm512_fmadd_ps(low, s, _mm512_loadu_ps(f->from + at[r])));
             _mm512_storeu_ps(f->sum + at[r] + 16, _mm512_fmadd_ps(high, s, _mm512_loadu_ps(f->from + at[r] + 16)));
         } else if (kind == STORE || kind == GELU) {
+            if (row + r >= rows) break;
             _mm512_storeu_si512(f->out + at[r], two_to_bf16(low, high));
         } else if (kind == GELU_BOTH) {
             _mm512_storeu_si512(f->grad + at[r], two_to_bf16(slope[2 * r], slope[2 * r + 1]));
@@ -332,11 +412,12 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
     _mm512_storeu_si512(o, low);
     _mm512_storeu_si512(o + RB * 512, high);
     if (kind == TIMES) {  // in packing order
-        _mm512_storeu_ps(f->sum + n, _mm512_dpbf16_ps(_mm512_loadu_ps(f->sum + n), (__m512bh)low, ones));
-        _mm512_storeu_ps(f->sum + n + 16, _mm512_dpbf16_ps(_mm512_loadu_ps(f->sum + n + 16), (__m512bh)high, ones));
+        _mm512_storeu_ps(f->sum + n, add_pairs(_mm512_loadu_ps(f->sum + n), low));
+        _mm512_storeu_ps(f->sum + n + 16, add_pairs(_mm512_loadu_ps(f->sum + n + 16), high));
     }
 }
 
+#ifdef __AMX_BF16__
 // x (rows, K) times packed weights -> (rows, N), by pieces of 32 x 32. The rows of one piece are finished between the
 // tile instructions of the next, so that the vector units work while the tile unit does. Long products go in parts of
 // K that fit the first-level cache; `c` holds the sums, max(N, 64) x 32.
@@ -397,6 +478,49 @@ static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, 
         for (long n = 0; n < N; n += 32)
             tile_mul(2, 2, RB, a + m * RB * 32, RB * 1024, 1024, 64, b + n * RB * 32, RB * 1024, out + n * 32, 128, add);
 }
+
+#else
+// x (rows, K) times packed weights -> (rows, N), by pieces of 16 x 32. `c` holds the sums, max(N, 64) x 32.
+static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const bf16 *x, const bf16 *w, float *c, Finish f) {
+    long KT = K / 32, parts = (KT + DEEP - 1) / DEEP, last = kind == TIMES ? UP(rows, 32) : rows;
+    for (long m = 0; m < last; m += 16)
+        for (long part = 0; part < parts; part++) {
+            long from = KT * part / parts, steps = KT * (part + 1) / parts - from;
+            if (m < rows) make_panel(steps, x + m * K + from * 32, 64, 2 * K);
+            for (long n = 0; n < N; n += 32) {
+                float *o = c + (parts > 1 ? n * 16 : 0);
+                for (long i = 0; i < 2 && m < rows; i++)
+                    tile_mul(steps, w + (n + 16 * i) * K + from * 512, o + 16 * i, 128, part > 0);
+                if (part == parts - 1)
+                    for (long i = 0; i < MIN(16, last - m); i += 2) finish_rows(kind, &f, o + i * 32, m + i, rows, n, N);
+            }
+        }
+}
+
+// Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB, `ld` in
+// a row of `out`.
+static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, long ld, int add) {
+    long RB = UP(rows, 32) / 32, parts = (RB + DEEP - 1) / DEEP;
+    for (long m = 0; m < M; m += 16)
+        for (long part = 0; part < parts; part++) {
+            long from = RB * part / parts, steps = RB * (part + 1) / parts - from;
+            make_panel(steps, a + (m * RB / 16 + from) * 512, 1024, 64);
+            for (long n = 0; n < N; n += 16)
+                tile_mul(steps, b + (n * RB / 16 + from) * 512,
+                         out + (m / 32 * ld + n / 32) * 1024 + m % 32 * 32 + n % 32, 128, add || part > 0);
+        }
+}
+
+// GELU_BOTH for a product that was kept: z (rows, N), rows `ld` apart.
+static void gelu_again(long rows, long N, const bf16 *z, long ld, Finish f) {
+    float c[64] __attribute__((aligned(64)));
+    for (long m = 0; m < UP(rows, 32); m += 2)
+        for (long n = 0; n < N; n += 32) {
+            for (int j = 0; j < 4; j++) _mm512_store_ps(c + 16 * j, from_bf16(z + MIN(m + j / 2, rows - 1) * ld + n + j % 2 * 16));
+            finish_rows(GELU_BOTH, &f, c, m, rows, n, N);
+        }
+}
+#endif
 
 // Sum the pieces of all parts in order and write them as a row-major matrix (M, N), or (N, M) when transposed.
 static void unpack(const float *acc, long stride, long parts, long M, long N, int transposed, float *out, long from, long to) {
@@ -538,6 +662,25 @@ int64_t block_workspace(const Block *p, int64_t backward) {
     return p->threads * layout(p, &w, 0, backward) + (backward ? weights : 0) + 4096;
 }
 
+// What is kept, one after the other: attention's probabilities (B, H, T, L to 32) and results (B, T, D); q, k, v
+// (B, L, 3 D) and the product that goes into GELU (B, T, F). Each with room behind it, for whole tiles are read.
+INLINE bf16 *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
+INLINE bf16 *kept_ao(const Block *p, const Work *w, long s) {
+    return kept_prob(p, w, p->B) + 32 * w->Lk + s * p->T * p->D;
+}
+INLINE bf16 *kept_qkv(const Block *p, const Work *w, long s) {
+    return kept_ao(p, w, p->B) + 32 * p->D + s * p->L * 3 * p->D;
+}
+INLINE bf16 *kept_z(const Block *p, const Work *w, long s) {
+    return kept_qkv(p, w, p->B) + w->Lk * 3 * p->D + s * p->T * p->F;
+}
+int64_t block_kept(const Block *p) {  // how many numbers
+    Work w = {.Lk = UP(p->L, 32)};
+    Block none = *p;
+    none.kept = 0;
+    return (KEEP_MORE ? kept_z(&none, &w, p->B) : kept_qkv(&none, &w, 0)) - (bf16 *)0;
+}
+
 // softmax(q k^T / sqrt(d)) into `prob` (T, Lk), then o = prob v. q: the last T tokens of one sample's head.
 static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *prob, bf16 *out) {
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
@@ -625,12 +768,7 @@ static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, c
     write_head(w, L, d, 1, dk_, ld);
 }
 
-INLINE bf16 *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
-INLINE bf16 *kept_ao(const Block *p, const Work *w, long s) {
-    return kept_prob(p, w, p->B) + 32 * w->Lk + s * p->T * p->D;
-}
-
-// Samples [s0, s0 + n) through the block. With `backward`, take attention's results from what is kept; stop before fc1.
+// Samples [s0, s0 + n) through the block. With `backward`, take what is kept and compute the rest up to fc1 again.
 static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
     const bf16 *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
@@ -644,7 +782,9 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
             w->scale1[q] = p->scale1 ? p->scale1[s0 + s] : 1.0f;
             w->scale2[q] = p->scale2 ? p->scale2[s0 + s] : 1.0f;
         }
-    linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
+    int more = KEEP_MORE && p->kept;
+    if (more) w->qkv = kept_qkv(p, w, s0);
+    if (!more || !backward) linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
     bf16 *prob = p->kept ? kept_prob(p, w, s0) : w->p, *ao = p->kept ? kept_ao(p, w, s0) : w->ao;
     for (long s = 0; s < n && !backward; s++)
         for (long h = 0; h < H; h++) {
@@ -656,7 +796,8 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
     for (long q = 0; q < Q; q++)
         norm_row(w->x1 + q * D, D, p->eps, p->n2w, p->n2b, w->xn2 + q * D, w->stats2 + 2 * q);
     if (backward) return;
-    linear(GELU, Q, F, D, w->xn2, fc1w, w->c, (Finish){.out = w->a, .bias = p->fc1b});
+    Finish hidden = {.out = w->a, .bias = p->fc1b, .grad = more ? kept_z(p, w, s0) : 0};
+    linear(GELU, Q, F, D, w->xn2, fc1w, w->c, hidden);
     Finish last = {.sum = p->y + s0 * T * D, .from = w->x1, .bias = p->fc2b, .scale = w->scale2};
     linear(ADD_TO, Q, D, F, w->a, fc2w, w->c, last);
 }
@@ -684,8 +825,12 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
     }
     for (long f = 0; f < F; f += SLICE) {
         long N = MIN(SLICE, F - f);
-        Finish both = {.packed = w->a, .grad = w->da, .bias = p->fc1b + f};
+        Finish both = {.packed = w->a, .grad = w->da, .bias = KEEP_MORE ? 0 : p->fc1b + f};
+#ifdef __AMX_BF16__
         linear(GELU_BOTH, Q, N, D, w->xn2, p->packed + (4 * D + f) * D, w->c, both);
+#else
+        gelu_again(Q, N, kept_z(p, w, s0) + f, F, both);
+#endif
         linear(TIMES, Q, N, D, w->g, fc2w + f * D, w->c, (Finish){.grad = w->da, .packed = w->right, .sum = fc1b + f});
         if (p->need_weights) {
             accumulate(Q, D, N, w->left, w->a, w->fc2w + f * 32, F / 32, add);
@@ -752,7 +897,7 @@ void block_forward(const Block *p) {
         tiles_on();
         long end = p->B * (part + 1) / parts;
         for (long s = p->B * part / parts; s < end; s += w.n) forward_chunk(p, &w, s, MIN(w.n, end - s), 0);
-        _tile_release();
+        tiles_off();
     }
 }
 
@@ -775,7 +920,7 @@ void block_backward(const Block *p) {
         tiles_on();
         long begin = p->B * part / parts, end = p->B * (part + 1) / parts;
         for (long s = begin; s < end; s += w.n) backward_chunk(p, &w, packed, s, MIN(w.n, end - s), s > begin);
-        _tile_release();
+        tiles_off();
     }
     long count = vector_count(p), stride = size / sizeof(float), fc1b = 8 * D;
     for (long i = 0; i < count; i++) {
@@ -890,7 +1035,7 @@ void muon(const Matrix *all, int64_t count, float momentum, const float *abc, ch
         for (long i = 0; i < size; i += 16) to_bf16(w.x + i, _mm512_mul_ps(from_bf16(w.x + i), scale));
         tiles_on();
         orthogonalize(p->rows, p->cols, &w, abc);
-        _tile_release();
+        tiles_off();
         for (long i = 0; i < size; i += 16) {
             __m512 v = _mm512_mul_ps(_mm512_loadu_ps(p->weight + i), _mm512_set1_ps(1.0f - p->decay));
             _mm512_storeu_ps(p->weight + i, _mm512_fnmadd_ps(from_bf16(w.x + i), _mm512_set1_ps(p->lr), v));
@@ -898,11 +1043,16 @@ void muon(const Matrix *all, int64_t count, float momentum, const float *abc, ch
     }
 }
 
-// Ask the system for the use of tiles; 0 when they are there. Have malloc keep what is freed: otherwise every large
-// tensor of every step is mapped, faulted in page by page and unmapped again.
+// Ask the system for the use of tiles, where they are used; 0 when they are there. Have malloc keep what is freed:
+// otherwise every large tensor of every step is mapped, faulted in page by page and unmapped again.
 int64_t start(void) {
     make_tables();
-    mallopt(M_MMAP_THRESHOLD, 32 << 20);
-    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    mallopt(M_MMAP_MAX, 0);
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_TRIM_THRESHOLD, INT32_MAX);
+#ifdef __AMX_BF16__
     return syscall(SYS_arch_prctl, 0x1023, 18);
+#else
+    return 0;
+#endif
 }
