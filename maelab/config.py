@@ -311,6 +311,9 @@ class RunOptions(ComputeOptions):
     """processes, one device each"""
     num_nodes: int = 1
     """machines"""
+    logger: Literal["tensorboard", "wandb", "mlflow"] = "tensorboard"
+    """where curves, figures and weights go too; TensorBoard's events are always written. wandb: the run folder, to send
+    later, unless WANDB_MODE is online; mlflow: mlflow.db here, unless MLFLOW_TRACKING_URI names another place"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from maelab.model import VisionTransformer
 from maelab.runs import read_metrics, write_json
 from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import prepare, start_engine
+from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
 from maelab.training.runlog import open_run, say
 from maelab.weights import load_encoder
 
@@ -116,7 +116,10 @@ def finetune(
         assert isinstance(source, VisionTransformer)
         adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
     hardware = prepare(model, engine, options)
-    with open_run(engine, "finetune", recipe, config, options, data.checksums, hardware) as folder:
+    with (
+        open_run(engine, "finetune", recipe, config, options, data.checksums, hardware) as folder,
+        open_tracker(options.logger, folder, engine) as tracker,
+    ):
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )
@@ -143,7 +146,7 @@ def finetune(
             patience=config.patience,
             layer_decay=config.layer_decay,
         )
-        outcome = train(engine, folder, task, config)
+        outcome = train(engine, folder, task, config, tracker)
 
         assert data.test is not None and data.test.labels is not None
         test_set = data.test.to(engine.device)
@@ -182,5 +185,6 @@ def finetune(
                 probabilities[shown].cpu(), data.class_names,
             )  # fmt: skip
             figures.confusion(pictures / "confusion.png", counts, data.class_names)
+            log_outcome(tracker, folder, result)
             write_json(folder / "result.json", result)
         return folder, result

@@ -25,7 +25,7 @@ from maelab.model import MaskedAutoencoderViT, patchify
 from maelab.runs import read_metrics, write_json
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import prepare, start_engine
+from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
 from maelab.training.runlog import open_run, say
 
 # k-NN during training compares so many validation images with so many training images at most: 3% of the time of an
@@ -109,7 +109,10 @@ def pretrain(
     model = spec.build()
     assert isinstance(model, MaskedAutoencoderViT)
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
-    with open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder:
+    with (
+        open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder,
+        open_tracker(options.logger, folder, engine) as tracker,
+    ):
         train_set, val_set = (part.to(engine.device) for part in training_sets(data, config, unlabelled=True))
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
@@ -146,6 +149,7 @@ def pretrain(
                 note=f" (mean predictor {trivial:.4f})",
             ),
             config,
+            tracker,
         )
         sample = some(train_set, max(len(val_set), 1000), config.split_seed)
         with engine.autocast():
@@ -175,6 +179,7 @@ def pretrain(
             group = (caption(model, config.mask_ratio, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
             figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
+            log_outcome(tracker, folder, result)
             write_json(folder / "result.json", result)
         return folder, result
 

@@ -17,7 +17,7 @@ from maelab.model import VisionTransformer
 from maelab.runs import read_metrics, write_json
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.loop import Task, train
-from maelab.training.parallel import prepare, start_engine
+from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
 from maelab.training.runlog import open_run, say
 
 
@@ -50,7 +50,10 @@ def probe(
     if data.train.labels is None or data.test is None:
         raise UsageError(f"{data.name} has no labels to probe with")
     hardware = prepare(model, engine, options)
-    with open_run(engine, "probe", recipe, config, options, data.checksums, hardware) as folder:
+    with (
+        open_run(engine, "probe", recipe, config, options, data.checksums, hardware) as folder,
+        open_tracker(options.logger, folder, engine) as tracker,
+    ):
         parts = {"train": training_sets(data, config, config.label_fraction)[0]}
         parts |= {"val": training_sets(data, config)[1], "test": data.test}
         say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {hardware}; {folder}")
@@ -88,7 +91,7 @@ def probe(
             metric="accuracy",
             higher_is_better=True,
         )
-        outcome = train(engine, folder, task, config)
+        outcome = train(engine, folder, task, config, tracker)
         with torch.no_grad(), engine.autocast():
             test = {"knn_accuracy": neighbours("test"), **scores(linear, "test")}
             val = {"knn_accuracy": neighbours("val"), **outcome.val}
@@ -107,5 +110,6 @@ def probe(
         }
         if engine.is_global_zero:
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder), outcome.best_epoch)
+            log_outcome(tracker, folder, result)
             write_json(folder / "result.json", result)
         return folder, result

@@ -24,7 +24,7 @@ from maelab.data.batches import part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.training.checkpoint import ModelSpec, load_training, save_model, save_training
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
-from maelab.training.parallel import Engine
+from maelab.training.parallel import Engine, Tracker
 from maelab.training.runlog import RunLog, in_words
 
 StepLoss = Callable[[Any, int, int, int], dict[str, torch.Tensor]]  # see Task
@@ -103,7 +103,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outcome:
+def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker: Tracker | None = None) -> Outcome:
     """Train `task.model`, saving and logging into `folder`; go on where the folder's last checkpoint stands.
 
     Leaves the best weights (on validation; averaged ones if `ema_decay` is set) in `task.model`.
@@ -158,7 +158,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig) -> Outco
             )
 
     log_folder = folder if engine.is_global_zero else None
-    log = RunLog(log_folder, position["log_length"], position["step"] // per_epoch, total_steps)
+    log = RunLog(log_folder, position["log_length"], position["step"] // per_epoch, total_steps, tracker)
     if saved is not None:
         log.line(f"going on from step {position['step']} of {total_steps}")
     begun, first_step = time.perf_counter(), position["step"]

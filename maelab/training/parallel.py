@@ -1,12 +1,18 @@
 """Devices, processes and precision: the only module that knows the distributed engine (lightning-fabric)."""
 
+import contextlib
+import io
 import logging
 import os
+import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import nn
 
@@ -14,8 +20,10 @@ from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.model import fast
 from maelab.model.vit import Attention, Block
+from maelab.runs import read_json, write_json
 
 Engine = Fabric
+Tracker = Logger
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it repeats what `describe` says
 # The gradient of a patch embedding of one channel has a dimension of size 1, whose stride means nothing.
@@ -108,3 +116,68 @@ def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
 def tensorboard(folder: Path, purge_from: int) -> TensorBoardLogger:
     """Writer of TensorBoard events into `folder`; events of an earlier process from step `purge_from` on are hidden."""
     return TensorBoardLogger(root_dir=folder, name="", version="", purge_step=purge_from)
+
+
+@contextlib.contextmanager
+def open_tracker(kind: str, folder: Path, engine: Engine) -> Iterator[Tracker | None]:
+    """Weights & Biases or MLflow, through the engine's own loggers, for the run in `folder`.
+
+    It begins with what config.json holds; a resumed run goes on under the same id, which is kept in tracker.json.
+
+    Args:
+        kind: 'wandb', 'mlflow', or 'tensorboard' for none: its events are always written.
+        folder: the run folder.
+        engine: only its first process gets a tracker.
+
+    Raises:
+        UsageError: if a package is missing.
+    """
+    if kind == "tensorboard" or not engine.is_global_zero:
+        yield None
+        return
+    os.environ |= {"WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    about = read_json(folder / "tracker.json")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # what they say at their start is not about this run
+            from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
+
+            logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+            if kind == "mlflow":
+                place = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+                tracker: Any = MLFlowLogger("maelab", folder.name, tracking_uri=place, run_id=about.get("mlflow"))
+                about["mlflow"] = tracker.run_id
+            else:
+                about.setdefault("wandb", uuid.uuid4().hex[:8])
+                offline = os.environ.get("WANDB_MODE", "offline") != "online"
+                tracker = WandbLogger(folder.name, folder, about["wandb"], offline, project="maelab", resume="allow")
+            tracker.log_hyperparams(read_json(folder / "config.json"))
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--logger {kind} needs more packages: pip install 'maelab[trackers]'") from error
+    write_json(folder / "tracker.json", about)
+    status = "failed"
+    try:
+        yield tracker
+        status = "success"
+    finally:
+        tracker.finalize(status)
+        if kind == "wandb":
+            tracker.experiment.finish()
+
+
+def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -> None:
+    """Give a tracker, if there is one, what a finished run leaves beside its curves: scores, figures, best weights."""
+    if tracker is None:
+        return
+    scores = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
+    tracker.log_metrics({k: v for k, v in scores.items() if isinstance(v, float)}, step=result["epochs"])
+    figures, best = folder / "figures", folder / "checkpoints" / "best"
+    experiment, run = cast(Any, tracker).experiment, cast(Any, tracker).version
+    if hasattr(experiment, "log_artifacts"):  # MLflow's client
+        experiment.log_artifacts(run, str(figures), "figures")
+        experiment.log_artifacts(run, str(best), "model")
+    else:
+        for picture in sorted(figures.glob("*.png")):
+            cast(Any, tracker).log_image(f"figures/{picture.stem}", [str(picture)])
+        for file in sorted(best.iterdir()):
+            experiment.save(str(file), base_path=str(best.parent), policy="now")

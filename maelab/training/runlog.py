@@ -23,7 +23,7 @@ import maelab
 from maelab.config import RunOptions
 from maelab.errors import RunError, UsageError
 from maelab.runs import is_complete, read_json, write_json
-from maelab.training.parallel import Engine, tensorboard
+from maelab.training.parallel import Engine, Tracker, tensorboard
 
 _OURS = re.compile(r"\.lock|\..+\.\d+")  # the lock, and files under their temporary names
 
@@ -221,15 +221,19 @@ class RunLog:
         length: bytes of metrics.jsonl to keep: what came after them was not covered by the checkpoint.
         epoch: epochs done so far.
         total_steps: for the bar.
+        tracker: gets the metrics too.
     """
 
-    def __init__(self, folder: Path | None, length: int, epoch: int, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path | None, length: int, epoch: int, total_steps: int, tracker: Tracker | None = None
+    ) -> None:
         self._file = None
         if folder is not None:
             self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - closed by close()
             self._file.truncate(min(length, self._file.tell()))  # not longer: that would fill it with zeros
             self._file.seek(0, os.SEEK_END)
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
+            self._trackers = [self._tensorboard, *([tracker] if tracker else [])]
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
         silent = folder is None or not console.is_terminal
         self._bar = Progress(*columns, console=console, transient=True, disable=silent)
@@ -251,7 +255,8 @@ class RunLog:
             return
         self._file.write((json.dumps({"epoch": epoch, "split": split, **values}) + "\n").encode())
         self._file.flush()
-        self._tensorboard.log_metrics({f"{split}/{k}": v for k, v in values.items()}, step=epoch)
+        for tracker in self._trackers:
+            tracker.log_metrics({f"{split}/{k}": v for k, v in values.items()}, step=epoch)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
