@@ -79,13 +79,13 @@ def record(curve: Curve, folder: Path) -> list[float]:
     images = write_folder(folder / "images", data.train, data.class_names, 30)
     parts: list[float] = []
 
-    def recording(engine: Engine, run: Path, task: Task, config: LoopConfig) -> Outcome:
+    def recording(engine: Engine, run: Path, task: Task, config: LoopConfig, tracker: None) -> Outcome:
         def step_loss(*arguments: Any) -> dict[str, torch.Tensor]:
             values = task.step_loss(*arguments)
             parts.append(float(values["loss"].detach()))
             return values
 
-        return train(engine, run, replace(task, step_loss=step_loss), config)
+        return train(engine, run, replace(task, step_loss=step_loss), config, tracker)
 
     config = replace(curve.config, data=f"folder:{images}")
     options = RunOptions(out=folder / "run", device="cpu", threads=1)
