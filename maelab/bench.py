@@ -4,11 +4,12 @@ import datetime
 import functools
 import itertools
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,28 @@ from maelab.config import FinetuneConfig, PretrainConfig
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
-from maelab.errors import UsageError
+from maelab.errors import MaelabError, UsageError
+from maelab.export import export
 from maelab.model import fast
+from maelab.model.vit import Block
 from maelab.runs import write_atomically, write_json
 from maelab.tasks import finetune, pretrain
+from maelab.training.checkpoint import load_model
 from maelab.training.optim import build_optimizers
 from maelab.training.parallel import choose_precision
 from maelab.training.runlog import environment
 
 IMAGES = 10_000
 CLASSES = 10
-RSS_STEPS = 4
 TURN_SECONDS = 1.0
 COLUMNS = {
     "maelab_images_per_s": "maelab", "peer_fp32_images_per_s": "peer fp32", "peer_bf16_images_per_s": "peer bf16",
     "floor_images_per_s": "products alone", "ratio_fp32": "x fp32", "ratio_bf16": "x bf16",
     "fraction_of_floor": "share of it", "data_share": "batches", "peak_rss_mb": "peak MB",
 }  # fmt: skip
+SERVED = "maelab:mnist-classifier"
+SERVING = {"serve-mnist-1": 1, "serve-mnist-256": 256}  # images at a time
+SERVERS = {"torch": "torch fp32", "native": "torch bf16", "onnx": "onnxruntime", "onnx_int8": "onnxruntime int8"}
 
 Step = Callable[[int], object]
 
@@ -183,10 +189,10 @@ def products(
     yield from linear(patches - visible, width, pixels)
 
 
-def _floor_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, bf16: bool) -> Step:
+def _floor_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str) -> Step:
     """The step's products alone, by torch.bmm into memory at hand. Each has its factors as they lie or transposed,
     whichever of the four ways is the fastest here, though training cannot always choose."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if choose_precision("auto", device) == "bf16" else torch.float32
     _, C, height, width = data.images.shape
     todo = list(products(config, (C, height, width)))
     runs: dict[tuple[int, int, int, int], Callable[[], object]] = {}
@@ -211,6 +217,32 @@ def _floor_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device:
     return step
 
 
+def _serving_step(who: str, batch_size: int) -> Step:
+    """Classify `batch_size` images with the weights that maelab ships."""
+    model = load_model(SERVED)[0].eval()
+    images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    if who in ("torch", "native"):
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.native = fast.available()
+
+        def in_torch(number: int) -> None:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=who == "native"):
+                model(images)
+
+        return in_torch
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export(SERVED, format="onnx", out=file, int8=who == "onnx_int8")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    pixels = images.numpy()
+    return lambda number: session.run(["logits"], {"images": pixels})
+
+
 def _seconds(step: Step, first: int, count: int, device: str) -> float:
     """Mean time of `count` steps."""
     if device == "cuda":
@@ -223,49 +255,92 @@ def _seconds(step: Step, first: int, count: int, device: str) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def _peak_rss_mb(name: str, threads: int) -> float:
-    """Peak resident memory of a process that does nothing but train; run in a fresh one."""
-    torch.set_num_threads(threads)
-    config = cases()[name]
-    step = _our_step(config, _noise_images(config, "cpu"), "cpu")
-    for number in range(RSS_STEPS):
-        step(number)
+def _peak_rss_mb() -> float:
+    """Peak resident memory of this process."""
     status = Path("/proc/self/status")  # getrusage would count the parent's memory before exec
-    if not status.exists():
-        return float("nan")
-    return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+
+
+def _steps(name: str, device: str) -> dict[str, Callable[[], Step]]:
+    """The contestants of a case, and how each is built."""
+    if name in SERVING:
+        return {who: lambda who=who: _serving_step(who, SERVING[name]) for who in SERVERS}
+    config = cases()[name]
+    data = _noise_images(config, device)
+    return {
+        "maelab": lambda: _our_step(config, data, device),
+        "peer_fp32": lambda: _peer_step(config, data, device, bf16=False),
+        "peer_bf16": lambda: _peer_step(config, data, device, bf16=True),
+        "floor": lambda: _floor_step(config, data, device),
+        "batch": lambda: lambda number: _batch(config, data, number),
+    }
+
+
+def _contestant(pipe: Connection, name: str, who: str, device: str, threads: int) -> None:
+    """A process that takes its turns when it is told (first, count): one step to warm up, the rest timed."""
+    try:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        step = _steps(name, device)[who]()
+        pipe.send(_seconds(step, 0, 1, device))
+        while (turn := pipe.recv()) is not None:
+            first, count = turn
+            pipe.send(_seconds(step, first, count, device))
+        pipe.send(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _peak_rss_mb())
+    except MaelabError as error:
+        pipe.send(error)
+
+
+def _turns(name: str, repeats: int, device: str) -> tuple[dict[str, list[float]], float]:
+    """Seconds a step of every contestant, turn by turn, and the peak memory of the first in MB.
+
+    Each lives in a process of its own, so that none has another's settings (of memory, say) or warm pages.
+    """
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+
+    def ask(who: str, question: tuple[int, int] | None) -> float:
+        pipes[who].send(question)
+        return answer(who)
+
+    def answer(who: str) -> float:
+        said = pipes[who].recv()
+        if isinstance(said, MaelabError):
+            raise said
+        return said
+
+    times: dict[str, list[float]] = {}
+    try:
+        for who in _steps(name, "cpu"):
+            pipes[who], end = context.Pipe()
+            given = (end, name, who, device, torch.get_num_threads())
+            processes.append(context.Process(target=_contestant, args=given, daemon=True))
+            processes[-1].start()
+            answer(who)
+            times[who] = []
+        for turn in range(repeats):
+            for who in times:  # the first step after another's turn finds cold caches: it only sets the count
+                count = max(1, min(50, round(TURN_SECONDS / ask(who, (100 * turn, 1)))))
+                times[who].append(ask(who, (100 * turn + 1, count)))
+        peaks = [ask(who, None) for who in times]
+        for process in processes:
+            process.join()
+        return times, peaks[0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
     """One case: all contestants in turns, medians over `repeats` turns of about a second or one step."""
-    config = cases()[name]
-    data = _noise_images(config, device)
-    bf16 = choose_precision("auto", device) == "bf16"
-    torch.manual_seed(0)
-    steps: dict[str, Step] = {
-        "maelab": _our_step(config, data, device),
-        "peer_fp32": _peer_step(config, data, device, bf16=False),
-        "peer_bf16": _peer_step(config, data, device, bf16=True),
-        "floor": _floor_step(config, data, device, bf16),
-        "batch": lambda number: _batch(config, data, number),
-    }
-    for step in steps.values():
-        _seconds(step, 0, 1, device)
-    times: dict[str, list[float]] = {who: [] for who in steps}
-    for turn in range(repeats):
-        for who, step in steps.items():  # the first step after another's turn finds cold caches: it only sets the count
-            count = max(1, min(50, round(TURN_SECONDS / _seconds(step, 100 * turn, 1, device))))
-            times[who].append(_seconds(step, 100 * turn + 1, count, device))
+    times, peak = _turns(name, repeats, device)
     median = {who: statistics.median(values) for who, values in times.items()}
-    if device == "cpu":
-        code = f"from maelab.bench import _peak_rss_mb; print(_peak_rss_mb({name!r}, {torch.get_num_threads()}))"
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        peak = float(done.stdout)
-    else:
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    rate = {who: config.batch_size / seconds for who, seconds in median.items()}
-    return {
-        "name": name,
+    batch_size = SERVING[name] if name in SERVING else cases()[name].batch_size
+    rate = {who: batch_size / seconds for who, seconds in median.items()}
+    result: dict[str, Any] = {"name": name, "batch_size": batch_size}
+    result |= {"spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in times.items()}}
+    if name in SERVING:
+        return result | {f"{who}_images_per_s": round(rate[who], 1) for who in SERVERS}
+    return result | {
         "maelab_images_per_s": round(rate["maelab"], 1),
         "peer_fp32_images_per_s": round(rate["peer_fp32"], 1),
         "peer_bf16_images_per_s": round(rate["peer_bf16"], 1),
@@ -275,8 +350,6 @@ def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
         "fraction_of_floor": round(rate["maelab"] / rate["floor"], 3),
         "data_share": round(median["batch"] / median["maelab"], 4),
         "peak_rss_mb": round(peak),
-        "batch_size": config.batch_size,
-        "spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in times.items()},
     }
 
 
@@ -291,7 +364,7 @@ def bench(
     """Measure, print a table on stderr, and return what belongs on stdout.
 
     Args:
-        names: which `cases`; all when empty.
+        names: which `cases` or SERVING; all when empty.
         repeats: turns that each contestant gets.
         device: 'cpu' or 'cuda'.
         threads: of the CPU; None keeps torch's.
@@ -303,15 +376,15 @@ def bench(
     Raises:
         UsageError: for an unknown case, or without transformers.
     """
-    if unknown := set(names) - cases().keys():
-        raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join(cases())}")
+    if unknown := set(names) - cases().keys() - SERVING.keys():
+        raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join([*cases(), *SERVING])}")
     if repeats < 1:
         raise UsageError(f"--repeats must be at least 1, got {repeats}")
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(stderr=True, width=130)
     results = []
-    for name in names or cases():
+    for name in names or [*cases(), *SERVING]:
         with console.status(f"measuring {name}"):
             results.append(measure(name, repeats, device))
     import transformers
@@ -322,14 +395,17 @@ def bench(
         "cases": results, "date": now.isoformat(timespec="seconds"), "repeats": repeats,
         "kernels": fast.reason() if device == "cpu" else "torch", "environment": versions,
     }  # fmt: skip
-    table = Table(
-        "case", title="Whole training steps, images per second, medians", caption=result["kernels"], box=SIMPLE
-    )
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for case in results:
-        table.add_row(case["name"], *(f"{case[key]:g}" for key in COLUMNS))
-    console.print(table)
+    titles = {"Whole training steps, images per second, medians": COLUMNS}
+    titles["Classifying, images per second, medians"] = {f"{who}_images_per_s": SERVERS[who] for who in SERVERS}
+    for title, columns in titles.items():
+        table = Table("case", title=title, caption=result["kernels"], box=SIMPLE)
+        for column in columns.values():
+            table.add_column(column, justify="right")
+        rows = [case for case in results if columns.keys() <= case.keys()]
+        for case in rows:
+            table.add_row(case["name"], *(f"{case[key]:g}" for key in columns))
+        if rows:
+            console.print(table)
     if out is not None:
         write_json(out / f"{now:%Y-%m-%d-%H%M%S}.json", result)
         _append_rows(out / "README.md", result)
@@ -343,7 +419,7 @@ def _append_rows(readme: Path, result: dict[str, Any]) -> None:
         text += "| date | case | " + " | ".join(COLUMNS.values()) + " | threads | commit |\n"
         text += "|---" * (len(COLUMNS) + 4) + "|\n"
     versions = result["environment"]
-    for case in result["cases"]:
+    for case in [case for case in result["cases"] if COLUMNS.keys() <= case.keys()]:
         cells = [result["date"][:10], case["name"], *(f"{case[key]:g}" for key in COLUMNS)]
         text += "| " + " | ".join([*cells, str(versions["threads"]), str(versions["git_commit"])]) + " |\n"
     write_atomically(readme, text.encode())

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-SIBLINGS: frozenset[tuple[str, str]] = frozenset()  # (importer, imported)
+SIBLINGS: frozenset[tuple[str, str]] = frozenset({("bench", "export")})  # (importer, imported)
 
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 ENGINE = {"lightning", "lightning_fabric", "pytorch_lightning"}
