@@ -13,7 +13,7 @@ from processes import Maelab
 from maelab import recipes
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
-from maelab.fit import _confused, _fitted, _variance
+from maelab.fit import _batch_size, _confused, _fitted, _variance
 
 ONE = ("--threads", 1)
 NARROW = ("--embed-dim", 24, "--depth", 1, "--num-heads", 1)
@@ -200,6 +200,14 @@ def test_a_plan_keeps_within_the_time():
     assert _fitted(config, 3_200, 320, 1e-6, 0.0, seconds=60.0)[0]["epochs"] == config.epochs, (
         "never more than sensible"
     )
+
+
+@pytest.mark.parametrize(
+    ("largest", "step", "seconds", "batch"),
+    [(256, 0.4, 1e4, 256), (256, 0.4, 150, 64), (256, 0.4, 1, 32), (16, 1, 1, 16)],
+)
+def test_in_little_time_batches_are_smaller(largest, step, seconds, batch):
+    assert _batch_size(largest, step, seconds) == batch
 
 
 def test_noise_and_confusion():
