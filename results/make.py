@@ -26,6 +26,11 @@ SEEDS = (0, 1, 2)
 ROWS = {  # of the README's table: what it says, then which autoencoders and which classifiers
     "MNIST, 6 epochs + 6, bfloat16: recipe `mnist` as it comes": ("bf16-s?-p", "bf16-s?-f"),
     "the same in float32": ("fp32-s?-p", "fp32-s?-f"),
+    "MNIST, every label, from scratch": ("", "mnist-scratch-s?"),
+    "MNIST, 10% of the labels, 30 epochs, from scratch": ("", "mnist-share10-scratch-s?"),
+    "MNIST, 10% of the labels, 30 epochs, from the autoencoder": ("bf16-s?-p", "mnist-share10-mae-s?"),
+    "MNIST, 1% of the labels, 100 epochs, from scratch": ("", "mnist-share1-scratch-s?"),
+    "MNIST, 1% of the labels, 100 epochs, from the autoencoder": ("bf16-s?-p", "mnist-share1-mae-s?"),
     "CIFAR-10, 10 epochs from scratch: recipe `cifar10`": ("", "augmented-scratch-s?"),
     "CIFAR-10, 10 epochs from an MNIST autoencoder": ("", "augmented-mnist-s?"),
     "CIFAR-10, 10 epochs from a CIFAR-10 autoencoder of 15": ("", "augmented-cifar-s?"),
