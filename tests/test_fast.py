@@ -27,18 +27,20 @@ def block_with_spread(dim: int, heads: int, **options) -> Block:
     return block
 
 
-def results(block: torch.nn.Module, x: torch.Tensor, autocast: bool, *args) -> dict[str, torch.Tensor]:
-    """Output and all gradients for a fixed gradient of the output."""
+def results(
+    block: torch.nn.Module, x: torch.Tensor, autocast: bool, *args, gradient: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Output and all gradients for a fixed gradient of the output, of the size `gradient`."""
     x = x.clone().requires_grad_()
     block.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = block(x, *args)
-    y.float().backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    y.float().backward(gradient * torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in block.named_parameters()}  # type: ignore[dict-item]
 
 
 def error(a: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((a.float() - exact).norm() / exact.norm().clamp_min(1e-12))
+    return float((a.double() - exact).norm() / exact.double().norm().clamp_min(1e-30))
 
 
 SHAPES = [  # D, heads, L, tail, B
@@ -88,6 +90,18 @@ def test_drop_path_drops_the_same_samples(plain):
     torch.manual_seed(5)
     for name, exact in results(block, x, False).items():
         assert error(native[name], exact) < 0.02, name
+
+
+@native
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6])
+def test_gradients_of_any_size_are_as_exact(size: float):
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(5, 20, 96)
+    of_one = results(block, x, True)
+    of_size = results(block, x, True, gradient=size)
+    for name in of_one:
+        scale = 1.0 if name == "y" else size
+        assert error(of_size[name], scale * of_one[name]) < 0.01, name
 
 
 @native
@@ -181,16 +195,23 @@ def test_without_kernels_the_plain_path_runs_and_says_why(tmp_path, setting: dic
     assert len(done.stdout.splitlines()) == 2 and not done.stderr
 
 
+NO_AMX = "-mno-amx-tile -mno-amx-bf16"
+OTHERS = {"AVX-512 FP16": NO_AMX, "AVX-512": f"{NO_AMX} -mno-avx512bf16 -mno-avx512fp16"}
+
+
 @native
-def test_without_amx_the_same_holds_on_plain_avx512(tmp_path):
+@pytest.mark.parametrize("units", OTHERS)
+def test_the_same_holds_on_lesser_units(tmp_path, units: str):
+    if "FP16" in units and "avx512_fp16" not in fast._cpu_flags():
+        pytest.skip("this processor does not multiply in half precision")
     compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\nexec cc "$@" -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16\n')
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" {OTHERS[units]}\n')
     compiler.chmod(0o755)
     environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": str(compiler)}
     code = "from maelab.model import fast; print(fast.reason())"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "native kernels on AVX-512\n"
-    chosen = "block_matches or muon_steps or same_bits or memory_held"
+    assert done.stdout == f"native kernels on {units}\n"
+    chosen = "block_matches or any_size or muon_steps or same_bits or memory_held"
     tests = [sys.executable, "-m", "pytest", "-n", "0", "-k", chosen, __file__]
     done = subprocess.run(tests, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -248,8 +269,13 @@ def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int,
     block, x = Block(D, heads), torch.randn(5, L, D)
     plain_workspace, plain_empty, results = fast._workspace, torch.empty, []
     for filling in (0, 255):
-        number = float("nan") if filling else 0.0
-        monkeypatch.setattr(torch, "empty", lambda *a, number=number, **k: plain_empty(*a, **k).fill_(number))
+
+        def filled(*args, filling=filling, **options) -> torch.Tensor:
+            empty = plain_empty(*args, **options)
+            empty.view(torch.uint8).fill_(filling)
+            return empty
+
+        monkeypatch.setattr(torch, "empty", filled)
         monkeypatch.setattr(fast, "_workspace", lambda size, filling=filling: plain_workspace(size).fill_(filling))
         for tail in (None, max(1, L // 2)):
             block.zero_grad()

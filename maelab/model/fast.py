@@ -1,4 +1,4 @@
-"""Transformer blocks in native bfloat16 on CPUs with AMX or AVX-512: same numbers as autocast, much faster.
+"""Transformer blocks in 16 bits on CPUs with AMX or AVX-512: the numbers of bfloat16 autocast or nearer, much faster.
 
 Optional. `usable` says whether a block can run here; where it cannot (another processor, no C compiler, float32, a
 shape that does not fit tiles) the plain code of `vit.py` runs, and `reason` says why in one line.
@@ -86,8 +86,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             sizes.restype = ctypes.c_int64
         if library.start():
             return None, "the system does not grant the use of AMX tiles"
-        units = "AMX" if ctypes.c_int64.in_dll(library, "amx").value else "AVX-512"
-        return library, f"native kernels on {units}"
+        units = ctypes.c_char_p.in_dll(library, "units").value or b""
+        return library, f"native kernels on {units.decode()}"
     except subprocess.CalledProcessError as error:
         return None, f"the C compiler failed: {error.stderr.decode(errors='replace').strip().splitlines()[-1:]}"
     except (OSError, subprocess.SubprocessError) as error:
@@ -144,8 +144,8 @@ class _RunBlock(torch.autograd.Function):
             B=B, L=L, T=tail, D=D, H=heads, F=F, threads=min(torch.get_num_threads(), B), rows=CHUNK_ROWS, eps=eps
         )
         y = torch.empty(B, tail, D)
-        packed = torch.empty(4 * D * D + 2 * D * F, dtype=torch.bfloat16)
-        kept = torch.empty(library.block_kept(ctypes.byref(arguments)), dtype=torch.bfloat16) if keep else None
+        packed = torch.empty(4 * D * D + 2 * D * F, dtype=torch.int16)  # as bits: bfloat16 or IEEE half
+        kept = torch.empty(library.block_kept(ctypes.byref(arguments)), dtype=torch.int16) if keep else None
         tensors = dict(zip(["x", "scale1", "scale2", *_PARAMETERS], [x, scale1, scale2, *parameters], strict=True))
         for name, tensor in tensors.items():
             setattr(arguments, name, None if tensor is None else tensor.data_ptr())

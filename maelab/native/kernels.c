@@ -1,11 +1,12 @@
-// One pre-norm Transformer block, forward and backward, in bfloat16 on Intel AMX, or else on AVX-512.
+// One pre-norm Transformer block, forward and backward, in 16 bits: on Intel AMX, or else on AVX-512.
 //
 // A thread takes a few samples at a time (a chunk) through the whole block, so that every activation between the
 // block's input and its output stays in the core's own cache. Only the input and attention's results are kept for the
 // backward pass, which computes the rest again: that costs less than writing it to memory and reading it back. Matrix
-// products run on 16x16 tiles (bfloat16 factors, float32 sums); norms, softmax, GELU, residuals and sums are float32.
-// Without AMX the same tiles are multiplied by float32 vector instructions. Products are dear then, and q, k, v and what
-// goes into GELU are kept as well.
+// products run on 16x16 tiles (factors of 16 bits, float32 sums); norms, softmax, GELU, residuals and sums are float32.
+// Without AMX the same tiles are multiplied by vector instructions: IEEE half precision where the processor multiplies
+// it, summed over at most CHAIN tiles before it goes on in float32, or else float32. Products are dear then, and q, k, v
+// and what goes into GELU are kept as well.
 //
 // Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
 
@@ -18,7 +19,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
+typedef uint16_t half;  // bfloat16, or IEEE half precision (FP16)
 typedef struct {
     int64_t B, L, T, D, H, F;  // samples, tokens in, tokens out (the last T), width, heads, hidden width of the MLP
     int64_t threads, rows;     // rows: about how many tokens to take at a time
@@ -26,8 +27,8 @@ typedef struct {
     const float *x, *scale1, *scale2;  // (B, L, D); stochastic depth per sample (B,) of each branch, or NULL
     const float *n1w, *n1b, *qkvb, *projb, *n2w, *n2b, *fc1b, *fc2b, *qkvw, *projw, *fc1w, *fc2w;  // qkvb may be NULL
     float *y;           // (B, T, D)
-    bf16 *packed;       // (12 D^2 for F = 4 D) weights in tile order, for the forward products
-    bf16 *kept;         // for the backward pass, or NULL: see block_kept
+    half *packed;       // (12 D^2 for F = 4 D) weights in tile order, for the forward products
+    half *kept;         // for the backward pass, or NULL: see block_kept
     const float *dy;    // backward: (B, T, D)
     float *dx, *grads;  // (B, L, D); gradients one after the other, in the order of the parameters above
     char *work;
@@ -38,35 +39,50 @@ typedef struct {
 #define UP(n, m) (((n) + (m) - 1) / (m) * (m))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #ifdef __AMX_BF16__
-const int64_t amx = 1;
+#define UNITS "AMX"
 enum { KEEP_MORE = 0 };
+#elif defined(__AVX512FP16__)
+#define UNITS "AVX-512 FP16"
+#define FP16
+enum { KEEP_MORE = 1 };
 #else
-const int64_t amx = 0;
+#define UNITS "AVX-512"
 enum { KEEP_MORE = 1 };
 #endif
+const char *units = UNITS;
 
 // ------------------------------------------------------------------------------------------------- small helpers
 
-INLINE __m512 from_bf16(const bf16 *p) {
+#ifdef FP16
+INLINE __m512 from_half(const half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+INLINE __m256i one_to_half(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE __m512i two_to_half(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(one_to_half(low)), one_to_half(high), 1);
+}
+// The two numbers in each 32 bits, of which the first is the lower half.
+INLINE __m512 first_of(__m512i pairs) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)); }
+INLINE __m512 second_of(__m512i pairs) { return first_of(_mm512_srli_epi32(pairs, 16)); }
+#else
+INLINE __m512 from_half(const half *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
 #ifdef __AVX512BF16__
-INLINE __m256i one_to_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-INLINE __m512i two_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+INLINE __m256i one_to_half(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+INLINE __m512i two_to_half(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 #else
-INLINE __m256i one_to_bf16(__m512 v) {  // to the nearest, ties to even
+INLINE __m256i one_to_half(__m512 v) {  // to the nearest, ties to even
     __m512i bits = _mm512_castps_si512(v), lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
-INLINE __m512i two_to_bf16(__m512 low, __m512 high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(one_to_bf16(low)), one_to_bf16(high), 1);
+INLINE __m512i two_to_half(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(one_to_half(low)), one_to_half(high), 1);
 }
 #endif
-INLINE void to_bf16(bf16 *p, __m512 v) { _mm256_storeu_si256((void *)p, one_to_bf16(v)); }
-// The two numbers in each 32 bits, of which the first is the lower half.
 INLINE __m512 first_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 INLINE __m512 second_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))); }
+#endif
+INLINE void to_half(half *p, __m512 v) { _mm256_storeu_si256((void *)p, one_to_half(v)); }
 INLINE __m512 add_pairs(__m512 sum, __m512i pairs) { return _mm512_add_ps(_mm512_add_ps(sum, first_of(pairs)), second_of(pairs)); }
 
 INLINE __m512 exp2_(__m512 x) {  // 2^x, relative error 3e-6
@@ -140,7 +156,7 @@ INLINE void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits
 
 // --------------------------------------------------------------------------------------------------------- tiles
 //
-// A tile is 16 rows of 64 bytes. C (16 x 16 float32) += A (16 x 32 bfloat16) B, where B holds 32 x 16 elements as
+// A tile is 16 rows of 64 bytes. C (16 x 16 float32) += A (16 x 32 halves) B, where B holds 32 x 16 elements as
 // pairs of rows: B[p][n] = (b[2 p][n], b[2 p + 1][n]).
 
 #ifdef __AMX_BF16__
@@ -208,11 +224,65 @@ static void mul(long mt, long nt, long kt, const void *a_, long am, long ak, lon
 static void tiles_on(void) {}
 static void tiles_off(void) {}
 
+#ifdef FP16
+// The left factor, for each pair of k its 16 rows side by side, up to so many tiles of it: first-level cache.
+#define DEEP 12L
+#define CHAIN 6L  // tiles whose sum half precision holds: 96 products in each of the two sums of an element
+static _Thread_local int panel[DEEP * 256] __attribute__((aligned(64)));
+
+static void make_panel(long kt, const half *a, long ak, long lda) {
+    for (long k = 0; k < kt; k++, a += ak / 2) {
+        __m512i t[16];
+        for (int i = 0; i < 16; i++) t[i] = _mm512_loadu_si512(a + i * lda / 2);
+        transpose(t);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(panel + k * 256 + i * 16, t[i]);
+    }
+}
+
+// C (16 x 16 columns) [+]= panel B over kt tiles of B, one after the other; the next columns' lie bn halves further.
+// C's rows are ldc bytes apart.
+INLINE void tiles_mul(int columns, long kt, const half *b, long bn, float *c, long ldc, int add) {
+    enum { ROWS = 8 };
+    for (long k = 0; k < kt; k += CHAIN, add = 1)
+        for (int r0 = 0; r0 < 16; r0 += ROWS) {
+            __m512h sum[ROWS][2];
+            const int *a = panel + k * 256 + r0;
+            const half *from = b + k * 512;
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ph();
+            for (long p = 16 * MIN(CHAIN, kt - k); p > 0; p--, a += 16, from += 32) {
+                __m512h b0 = (__m512h)_mm512_load_si512(from), b1 = columns > 1 ? (__m512h)_mm512_load_si512(from + bn) : b0;
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    __m512h pair = (__m512h)_mm512_set1_epi32(a[r]);
+                    sum[r][0] = _mm512_fmadd_ph(pair, b0, sum[r][0]);
+                    if (columns > 1) sum[r][1] = _mm512_fmadd_ph(pair, b1, sum[r][1]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int n = 0; n < columns; n++) {
+                    float *o = c + (r0 + r) * ldc / 4 + 16 * n;
+                    __m512h v = _mm512_add_ph(sum[r][n], (__m512h)_mm512_rol_epi32((__m512i)sum[r][n], 16));
+                    __m512 f = first_of((__m512i)v);
+                    _mm512_store_ps(o, add ? _mm512_add_ps(f, _mm512_load_ps(o)) : f);
+                }
+        }
+}
+static __attribute__((noinline)) void tile_mul(long kt, const half *b, float *c, long ldc, int add) {
+    tiles_mul(1, kt, b, 0, c, ldc, add);
+}
+static __attribute__((noinline)) void two_tiles_mul(long kt, const half *b, long bn, float *c, long ldc, int add) {
+    tiles_mul(2, kt, b, bn, c, ldc, add);
+}
+
+#else
 // The left factor as float32, for each k its 16 rows side by side, up to so many tiles of it: first-level cache.
 #define DEEP 10L
 static _Thread_local float panel[DEEP * 512] __attribute__((aligned(64)));
 
-static void make_panel(long kt, const bf16 *a, long ak, long lda) {
+static void make_panel(long kt, const half *a, long ak, long lda) {
     float *o = panel;
     for (long k = 0; k < kt; k++, a += ak / 2) {
         __m512i t[16];
@@ -226,7 +296,7 @@ static void make_panel(long kt, const bf16 *a, long ak, long lda) {
 }
 
 // C (16 x 16) [+]= panel B over kt tiles of B, one after the other. C's rows are ldc bytes apart.
-static __attribute__((noinline)) void tile_mul(long kt, const bf16 *b, float *c, long ldc, int add) {
+static __attribute__((noinline)) void tile_mul(long kt, const half *b, float *c, long ldc, int add) {
     __m512 sum[16];
     const float *a = panel;
 #pragma GCC unroll 16
@@ -242,14 +312,23 @@ static __attribute__((noinline)) void tile_mul(long kt, const bf16 *b, float *c,
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) _mm512_store_ps(c + r * ldc / 4, sum[r]);
 }
+static void two_tiles_mul(long kt, const half *b, long bn, float *c, long ldc, int add) {
+    tile_mul(kt, b, c, ldc, add);
+    tile_mul(kt, b + bn, c + 16, ldc, add);
+}
+#endif
 
 static void mul(long mt, long nt, long kt, const void *a, long am, long ak, long lda, const void *b, void *c, long ldc) {
     for (long m = 0; m < mt; m++)
         for (long k = 0; k < kt; k += DEEP) {
             long steps = MIN(DEEP, kt - k);
-            make_panel(steps, (const bf16 *)a + (m * am + k * ak) / 2, ak, lda);
-            for (long n = 0; n < nt; n++)
-                tile_mul(steps, (const bf16 *)b + (n * kt + k) * 512, (float *)c + (m * ldc * 16 + n * 64) / 4, ldc, k > 0);
+            make_panel(steps, (const half *)a + (m * am + k * ak) / 2, ak, lda);
+            for (long n = 0; n < nt; n += 2) {
+                const half *from = (const half *)b + (n * kt + k) * 512;
+                float *to = (float *)c + (m * ldc * 16 + n * 64) / 4;
+                if (n + 1 < nt) two_tiles_mul(steps, from, kt * 512, to, ldc, k > 0);
+                else tile_mul(steps, from, to, ldc, k > 0);
+            }
         }
 }
 #endif
@@ -270,14 +349,14 @@ INLINE void in_order(__m512 *low, __m512 *high) {  // two tiles' rows -> columns
 // src (rows, cols), rows `ld` apart, as one factor of a product summed over the rows: the right one (B), or
 // transposed the left one (A). Rows are filled with zeros to a multiple of 32. Tile (i, k) is the (i RB + k)-th for
 // columns 16 i... and rows 32 k..., RB = rows / 32 rounded up. Also adds the sum of each column to `sums`, if given.
-INLINE void pack_rows(const bf16 *src, long ld, long rows, long cols, bf16 *out, int left, float *sums) {
+INLINE void pack_rows(const half *src, long ld, long rows, long cols, half *out, int left, float *sums) {
     long RB = UP(rows, 32) / 32;
     for (long c = 0; c < cols; c += 32) {
         __mmask32 mask = cols - c >= 32 ? 0xffffffffu : 0xffffu;
         __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
         for (long k = 0; k < RB; k++) {
             __m512i low[16], high[16];
-            bf16 *o = out + ((c / 16) * RB + k) * 512;
+            half *o = out + ((c / 16) * RB + k) * 512;
             for (int i = 0; i < 16; i++) {
                 long r = k * 32 + 2 * i;
                 __m512i a = r < rows ? _mm512_maskz_loadu_epi16(mask, src + r * ld + c) : _mm512_setzero_si512();
@@ -301,17 +380,17 @@ INLINE void pack_rows(const bf16 *src, long ld, long rows, long cols, bf16 *out,
         }
     }
 }
-static void pack_left(const bf16 *src, long ld, long rows, long cols, bf16 *out, float *sums) {
+static void pack_left(const half *src, long ld, long rows, long cols, half *out, float *sums) {
     if (sums) pack_rows(src, ld, rows, cols, out, 1, sums);
     else pack_rows(src, ld, rows, cols, out, 1, 0);
 }
-static void pack_right(const bf16 *src, long ld, long rows, long cols, bf16 *out, float *sums) {
+static void pack_right(const half *src, long ld, long rows, long cols, half *out, float *sums) {
     if (sums) pack_rows(src, ld, rows, cols, out, 0, sums);
     else pack_rows(src, ld, rows, cols, out, 0, 0);
 }
 
 // src (rows, cols) as right factor of a product summed over its columns (k^T in q k^T), zeros beyond.
-static void pack_columns(const bf16 *src, long ld, long rows, long cols, bf16 *out) {
+static void pack_columns(const half *src, long ld, long rows, long cols, half *out) {
     for (long r = 0; r < rows; r += 16)
         for (long c = 0; c < cols; c += 32, out += 512) {
             __m512i t[16];
@@ -324,14 +403,14 @@ static void pack_columns(const bf16 *src, long ld, long rows, long cols, bf16 *o
 }
 
 // Weights w (N, K) float32 -> right factor of x w^T (forward) or of g w (backward): tiles [from, to) of 32 columns.
-static void pack_weight(const float *w, long N, long K, bf16 *out, int backward, long from, long to) {
+static void pack_weight(const float *w, long N, long K, half *out, int backward, long from, long to) {
     __m512i t[32];
     for (long g = from; g < to; g++)
         for (long k = 0; k < (backward ? N : K); k += 32) {
             const float *s = backward ? w + k * K + g * 32 : w + g * 32 * K + k;  // 32 x 32 elements
             for (int i = 0; i < 32; i++)
-                t[i] = two_to_bf16(_mm512_loadu_ps(s + i * K), _mm512_loadu_ps(s + i * K + 16));
-            bf16 *o = out + g * 32 * (backward ? N : K) + k * 16, *p = o + 16 * (backward ? N : K);
+                t[i] = two_to_half(_mm512_loadu_ps(s + i * K), _mm512_loadu_ps(s + i * K + 16));
+            half *o = out + g * 32 * (backward ? N : K) + k * 16, *p = o + 16 * (backward ? N : K);
             if (backward) {
                 __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
                                                  38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -360,7 +439,7 @@ enum { STORE, ADD_TO, GELU, GELU_BOTH, TIMES, STORE_F32, ADD_F32 };
 //   STORE_F32   sum = v;  ADD_F32  sum += v         TIMES      grad *= v, packed = grad, sum += sums of columns
 // where `packed` is what pack_right makes of the result.
 typedef struct {
-    bf16 *out, *grad, *packed;
+    half *out, *grad, *packed;
     const float *bias, *from, *scale;
     float *sum;
 } Finish;
@@ -376,7 +455,7 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
     if (f->bias)
         for (int j = 0; j < 4; j++) v[j] = _mm512_add_ps(v[j], j & 1 ? b1 : b0);
     if (kind == GELU && f->grad)
-        for (int r = 0; r < 2 && row + r < rows; r++) _mm512_storeu_si512(f->grad + at[r], two_to_bf16(v[2 * r], v[2 * r + 1]));
+        for (int r = 0; r < 2 && row + r < rows; r++) _mm512_storeu_si512(f->grad + at[r], two_to_half(v[2 * r], v[2 * r + 1]));
     if (kind == GELU) gelu(v, 0);
     if (kind == GELU_BOTH) gelu(v, slope);
     for (int r = 0; r < 2; r++) {
@@ -394,13 +473,13 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
             _mm512_storeu_ps(f->sum + at[r] + 16, _mm512_fmadd_ps(high, s, _mm512_loadu_ps(f->from + at[r] + 16)));
         } else if (kind == STORE || kind == GELU) {
             if (row + r >= rows) break;
-            _mm512_storeu_si512(f->out + at[r], two_to_bf16(low, high));
+            _mm512_storeu_si512(f->out + at[r], two_to_half(low, high));
         } else if (kind == GELU_BOTH) {
-            _mm512_storeu_si512(f->grad + at[r], two_to_bf16(slope[2 * r], slope[2 * r + 1]));
-            result[r] = two_to_bf16(low, high);
+            _mm512_storeu_si512(f->grad + at[r], two_to_half(slope[2 * r], slope[2 * r + 1]));
+            result[r] = two_to_half(low, high);
         } else {
-            low = _mm512_mul_ps(low, from_bf16(f->grad + at[r])), high = _mm512_mul_ps(high, from_bf16(f->grad + at[r] + 16));
-            result[r] = two_to_bf16(low, high);
+            low = _mm512_mul_ps(low, from_half(f->grad + at[r])), high = _mm512_mul_ps(high, from_half(f->grad + at[r] + 16));
+            result[r] = two_to_half(low, high);
             _mm512_storeu_si512(f->grad + at[r], result[r]);
         }
     }
@@ -408,7 +487,7 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
     for (int r = 0; r < 2; r++) result[r] = _mm512_maskz_mov_epi16(row + r < rows ? 0xffffffffu : 0, result[r]);
     __m512i low = _mm512_unpacklo_epi16(result[0], result[1]), high = _mm512_unpackhi_epi16(result[0], result[1]);
     long RB = UP(rows, 32) / 32;
-    bf16 *o = f->packed + (n / 16 * RB + row / 32) * 512 + row % 32 * 16;
+    half *o = f->packed + (n / 16 * RB + row / 32) * 512 + row % 32 * 16;
     _mm512_storeu_si512(o, low);
     _mm512_storeu_si512(o + RB * 512, high);
     if (kind == TIMES) {  // in packing order
@@ -421,7 +500,7 @@ INLINE void finish_rows(int kind, const Finish *f, const float *c, long row, lon
 // x (rows, K) times packed weights -> (rows, N), by pieces of 32 x 32. The rows of one piece are finished between the
 // tile instructions of the next, so that the vector units work while the tile unit does. Long products go in parts of
 // K that fit the first-level cache; `c` holds the sums, max(N, 64) x 32.
-static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const bf16 *x, const bf16 *w, float *c, Finish f) {
+static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const half *x, const half *w, float *c, Finish f) {
     long parts = K >= 512 && N > 32 ? (K + 255) / 256 : 1, KT = K / 32;
     const float *ready = 0;  // the piece to finish, at row and column:
     long ready_m = 0, ready_n = 0, ready_pairs = 0, turn = 0;
@@ -472,7 +551,7 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
 
 // Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB, `ld` in
 // a row of `out`.
-static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, long ld, int add) {
+static void accumulate(long rows, long M, long N, const half *a, const half *b, float *out, long ld, int add) {
     long RB = UP(rows, 32) / 32;
     for (long m = 0; m < M; m += 32, out += ld * 1024)
         for (long n = 0; n < N; n += 32)
@@ -481,7 +560,7 @@ static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, 
 
 #else
 // x (rows, K) times packed weights -> (rows, N), by pieces of 16 x 32. `c` holds the sums, max(N, 64) x 32.
-static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const bf16 *x, const bf16 *w, float *c, Finish f) {
+static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const half *x, const half *w, float *c, Finish f) {
     long KT = K / 32, parts = (KT + DEEP - 1) / DEEP, last = kind == TIMES ? UP(rows, 32) : rows;
     for (long m = 0; m < last; m += 16)
         for (long part = 0; part < parts; part++) {
@@ -489,8 +568,7 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
             if (m < rows) make_panel(steps, x + m * K + from * 32, 64, 2 * K);
             for (long n = 0; n < N; n += 32) {
                 float *o = c + (parts > 1 ? n * 16 : 0);
-                for (long i = 0; i < 2 && m < rows; i++)
-                    tile_mul(steps, w + (n + 16 * i) * K + from * 512, o + 16 * i, 128, part > 0);
+                if (m < rows) two_tiles_mul(steps, w + n * K + from * 512, 16 * K, o, 128, part > 0);
                 if (part == parts - 1)
                     for (long i = 0; i < MIN(16, last - m); i += 2) finish_rows(kind, &f, o + i * 32, m + i, rows, n, N);
             }
@@ -499,31 +577,32 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
 
 // Gradient of weights: += a^T b for a (rows, M) and b (rows, N), packed, as 32 x 32 pieces of 4 KB, `ld` in
 // a row of `out`.
-static void accumulate(long rows, long M, long N, const bf16 *a, const bf16 *b, float *out, long ld, int add) {
+static void accumulate(long rows, long M, long N, const half *a, const half *b, float *out, long ld, int add) {
     long RB = UP(rows, 32) / 32, parts = (RB + DEEP - 1) / DEEP;
     for (long m = 0; m < M; m += 16)
         for (long part = 0; part < parts; part++) {
             long from = RB * part / parts, steps = RB * (part + 1) / parts - from;
             make_panel(steps, a + (m * RB / 16 + from) * 512, 1024, 64);
-            for (long n = 0; n < N; n += 16)
-                tile_mul(steps, b + (n * RB / 16 + from) * 512,
-                         out + (m / 32 * ld + n / 32) * 1024 + m % 32 * 32 + n % 32, 128, add || part > 0);
+            for (long n = 0; n < N; n += 32)
+                two_tiles_mul(steps, b + (n * RB / 16 + from) * 512, RB * 512,
+                              out + (m / 32 * ld + n / 32) * 1024 + m % 32 * 32, 128, add || part > 0);
         }
 }
 
 // GELU_BOTH for a product that was kept: z (rows, N), rows `ld` apart.
-static void gelu_again(long rows, long N, const bf16 *z, long ld, Finish f) {
+static void gelu_again(long rows, long N, const half *z, long ld, Finish f) {
     float c[64] __attribute__((aligned(64)));
     for (long m = 0; m < UP(rows, 32); m += 2)
         for (long n = 0; n < N; n += 32) {
-            for (int j = 0; j < 4; j++) _mm512_store_ps(c + 16 * j, from_bf16(z + MIN(m + j / 2, rows - 1) * ld + n + j % 2 * 16));
+            for (int j = 0; j < 4; j++) _mm512_store_ps(c + 16 * j, from_half(z + MIN(m + j / 2, rows - 1) * ld + n + j % 2 * 16));
             finish_rows(GELU_BOTH, &f, c, m, rows, n, N);
         }
 }
 #endif
 
-// Sum the pieces of all parts in order and write them as a row-major matrix (M, N), or (N, M) when transposed.
-static void unpack(const float *acc, long stride, long parts, long M, long N, int transposed, float *out, long from, long to) {
+// Sum the pieces of all parts in order and write them, times `scale`, as a row-major matrix (M, N), or (N, M) when transposed.
+static void unpack(const float *acc, long stride, long parts, long M, long N, int transposed, float scale, float *out, long from,
+                   long to) {
     for (long piece = from; piece < to; piece++) {
         long m = piece / (N / 32) * 32, n = piece % (N / 32) * 32;
         __m512i low[32], high[32];
@@ -534,6 +613,7 @@ static void unpack(const float *acc, long stride, long parts, long M, long N, in
                 l = _mm512_add_ps(l, _mm512_loadu_ps(s + p * stride));
                 h = _mm512_add_ps(h, _mm512_loadu_ps(s + p * stride + 16));
             }
+            l = _mm512_mul_ps(l, _mm512_set1_ps(scale)), h = _mm512_mul_ps(h, _mm512_set1_ps(scale));
             in_order(&l, &h);
             if (!transposed) {
                 _mm512_storeu_ps(out + (m + r) * N + n, l);
@@ -541,12 +621,12 @@ static void unpack(const float *acc, long stride, long parts, long M, long N, in
             } else low[r] = _mm512_castps_si512(l), high[r] = _mm512_castps_si512(h);
         }
         if (!transposed) continue;
-        for (int half = 0; half < 2; half++) {
-            transpose(low + 16 * half);
-            transpose(high + 16 * half);
+        for (int side = 0; side < 2; side++) {
+            transpose(low + 16 * side);
+            transpose(high + 16 * side);
             for (int i = 0; i < 16; i++) {
-                _mm512_storeu_si512(out + (n + i) * M + m + 16 * half, low[16 * half + i]);
-                _mm512_storeu_si512(out + (n + 16 + i) * M + m + 16 * half, high[16 * half + i]);
+                _mm512_storeu_si512(out + (n + i) * M + m + 16 * side, low[16 * side + i]);
+                _mm512_storeu_si512(out + (n + 16 + i) * M + m + 16 * side, high[16 * side + i]);
             }
         }
     }
@@ -554,7 +634,7 @@ static void unpack(const float *acc, long stride, long parts, long M, long N, in
 
 // --------------------------------------------------------------------------------------------------------- norms
 
-INLINE void norm_row(const float *x, long D, float eps, const float *w, const float *b, bf16 *out, float *stats) {
+INLINE void norm_row(const float *x, long D, float eps, const float *w, const float *b, half *out, float *stats) {
     // One pass over deviations from the first element, which is near enough to the mean for the difference below.
     __m512 first = _mm512_set1_ps(x[0]), sum[2] = {0}, square[2] = {0};
     for (long i = 0; i < D; i += 32)  // D is a multiple of 32
@@ -570,14 +650,14 @@ INLINE void norm_row(const float *x, long D, float eps, const float *w, const fl
     __m512 r = _mm512_set1_ps(inverse);
     for (long i = 0; i < D; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r);
-        to_bf16(out + i, _mm512_fmadd_ps(v, _mm512_loadu_ps(w + i), _mm512_loadu_ps(b + i)));
+        to_half(out + i, _mm512_fmadd_ps(v, _mm512_loadu_ps(w + i), _mm512_loadu_ps(b + i)));
     }
     stats[0] = _mm512_cvtss_f32(mean), stats[1] = inverse;
 }
 
-// out = other + the gradient through the norm of row x, given g, that of its result; adds to dw and db.
+// out = scale (scale_other other + the gradient through the norm of row x), given g, that of its result; adds to dw, db.
 INLINE void norm_row_grad(const float *g, const float *x, long D, const float *stats, const float *w, float *dw,
-                          float *db, const float *other, float *out) {
+                          float *db, float scale_other, const float *other, float scale, float *out) {
     __m512 mean = _mm512_set1_ps(stats[0]), r = _mm512_set1_ps(stats[1]), sum = _mm512_setzero_ps(), dot = sum;
     for (long i = 0; i < D; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r), d = _mm512_loadu_ps(g + i);
@@ -591,8 +671,8 @@ INLINE void norm_row_grad(const float *g, const float *x, long D, const float *s
     for (long i = 0; i < D; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), r);
         __m512 d = _mm512_fmsub_ps(_mm512_loadu_ps(g + i), _mm512_loadu_ps(w + i), _mm512_fmadd_ps(v, b, a));
-        __m512 o = other ? _mm512_loadu_ps(other + i) : _mm512_setzero_ps();
-        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(d, r, o));
+        __m512 o = other ? _mm512_mul_ps(_mm512_set1_ps(scale_other), _mm512_loadu_ps(other + i)) : _mm512_setzero_ps();
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_fmadd_ps(d, r, o)));
     }
 }
 
@@ -600,10 +680,11 @@ INLINE void norm_row_grad(const float *g, const float *x, long D, const float *s
 
 typedef struct {
     long n, R, Q, Lk, Tp, dk;  // samples of a chunk; rows in and out; L to 32, T to 16, head width to 32
-    bf16 *xn1, *qkv, *ao, *xn2, *a, *da, *g, *dqkv, *left, *left2, *right, *p, *heads[4];
+    half *xn1, *qkv, *ao, *xn2, *a, *da, *g, *dqkv, *left, *left2, *right, *p, *heads[4];
     float *x1, *dx1, *dxn, *s, *o, *c, *stats1, *stats2, *scale1, *scale2;
     float *vectors, *qkvw, *projw, *fc1w, *fc2w;  // sums of gradients
     long matrices;                                // how many floats the four last hold together
+    float up, down;                               // see range_scale
 } Work;
 
 static long vector_count(const Block *p) { return 9 * p->D + p->F; }  // norm1 2, qkv 3, proj 1, norm2 2, fc2 1; fc1
@@ -664,25 +745,25 @@ int64_t block_workspace(const Block *p, int64_t backward) {
 
 // What is kept, one after the other: attention's probabilities (B, H, T, L to 32) and results (B, T, D); q, k, v
 // (B, L, 3 D) and the product that goes into GELU (B, T, F). Each with room behind it, for whole tiles are read.
-INLINE bf16 *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
-INLINE bf16 *kept_ao(const Block *p, const Work *w, long s) {
+INLINE half *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
+INLINE half *kept_ao(const Block *p, const Work *w, long s) {
     return kept_prob(p, w, p->B) + 32 * w->Lk + s * p->T * p->D;
 }
-INLINE bf16 *kept_qkv(const Block *p, const Work *w, long s) {
+INLINE half *kept_qkv(const Block *p, const Work *w, long s) {
     return kept_ao(p, w, p->B) + 32 * p->D + s * p->L * 3 * p->D;
 }
-INLINE bf16 *kept_z(const Block *p, const Work *w, long s) {
+INLINE half *kept_z(const Block *p, const Work *w, long s) {
     return kept_qkv(p, w, p->B) + w->Lk * 3 * p->D + s * p->T * p->F;
 }
 int64_t block_kept(const Block *p) {  // how many numbers
     Work w = {.Lk = UP(p->L, 32)};
     Block none = *p;
     none.kept = 0;
-    return (KEEP_MORE ? kept_z(&none, &w, p->B) : kept_qkv(&none, &w, 0)) - (bf16 *)0;
+    return (KEEP_MORE ? kept_z(&none, &w, p->B) : kept_qkv(&none, &w, 0)) - (half *)0;
 }
 
 // softmax(q k^T / sqrt(d)) into `prob` (T, Lk), then o = prob v. q: the last T tokens of one sample's head.
-static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *prob, bf16 *out) {
+static void attend(const Block *p, Work *w, const half *q, const half *k, const half *v, half *prob, half *out) {
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
     pack_columns(k, ld, L, d, w->heads[0]);
     pack_right(v, ld, L, d, w->heads[1], 0);
@@ -692,7 +773,7 @@ static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const 
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
     for (long t = 0; t < T; t++) {
         float *s = w->s + t * Lk;
-        bf16 *o = prob + t * Lk;
+        half *o = prob + t * Lk;
         __m512 top = lowest, sum = _mm512_setzero_ps();
         _mm512_store_ps(s + (lt - 1) * 16, _mm512_mask_mov_ps(lowest, last, _mm512_load_ps(s + (lt - 1) * 16)));
         for (long i = 0; i < lt; i++) top = _mm512_max_ps(top, _mm512_load_ps(s + i * 16));
@@ -703,7 +784,7 @@ static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const 
             _mm512_store_ps(s + i * 16, e);
         }
         __m512 r = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
-        for (long i = 0; i < lt; i++) to_bf16(o + i * 16, _mm512_mul_ps(_mm512_load_ps(s + i * 16), r));
+        for (long i = 0; i < lt; i++) to_half(o + i * 16, _mm512_mul_ps(_mm512_load_ps(s + i * 16), r));
         if (lt * 16 < Lk) _mm256_storeu_si256((void *)(o + lt * 16), _mm256_setzero_si256());
     }
     mul(UP(T, 16) / 16, dk / 16, Lk / 32, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
@@ -712,29 +793,29 @@ static void attend(const Block *p, Work *w, const bf16 *q, const bf16 *k, const 
         for (long t = 0; t < T; t++) {
             __m512 low = _mm512_load_ps(w->o + t * dk + c), high = _mm512_load_ps(w->o + t * dk + c + 16);
             in_order(&low, &high);
-            _mm512_mask_storeu_epi16(out + t * D + c, mask, two_to_bf16(low, high));
+            _mm512_mask_storeu_epi16(out + t * D + c, mask, two_to_half(low, high));
         }
     }
 }
 
-// Write rows of w->o (n, d), whose columns (and rows, if `both`) are in packing order, as bfloat16.
-static void write_head(const Work *w, long n, long d, int both, bf16 *out, long ld) {
+// Write rows of w->o (n, d), whose columns (and rows, if `both`) are in packing order, as halves.
+static void write_head(const Work *w, long n, long d, int both, half *out, long ld) {
     for (long c = 0; c < d; c += 32) {
         __mmask32 mask = d - c >= 32 ? 0xffffffffu : 0xffffu;
         for (long t = 0; t < n; t++) {
             const float *row = w->o + (both ? position(t) : t) * w->dk + c;
             __m512 low = _mm512_load_ps(row), high = _mm512_load_ps(row + 16);
             in_order(&low, &high);
-            _mm512_mask_storeu_epi16(out + t * ld + c, mask, two_to_bf16(low, high));
+            _mm512_mask_storeu_epi16(out + t * ld + c, mask, two_to_half(low, high));
         }
     }
 }
 
-static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *prob,
-                        const bf16 *g, bf16 *dq, bf16 *dk_, bf16 *dv) {
+static void attend_grad(const Block *p, Work *w, const half *q, const half *k, const half *v, const half *prob,
+                        const half *g, half *dq, half *dk_, half *dv) {
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
     long tt = UP(T, 16) / 16, tb = UP(T, 32) / 32;
-    bf16 *turned = w->heads[2], *right = w->heads[3], *ds = w->p;
+    half *turned = w->heads[2], *right = w->heads[3], *ds = w->p;
     // dv = prob^T g
     pack_left(prob, Lk, T, Lk, turned, 0);
     pack_right(g, D, T, d, right, 0);
@@ -746,14 +827,14 @@ static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, c
     __m512 scale = _mm512_set1_ps(1.0f / sqrtf(d));
     for (long t = 0; t < T; t++) {
         const float *s = w->s + t * Lk;
-        const bf16 *from = prob + t * Lk;
-        bf16 *o = ds + t * Lk;
+        const half *from = prob + t * Lk;
+        half *o = ds + t * Lk;
         __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < lt; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(s + i * 16), from_bf16(from + i * 16), sum);
+        for (long i = 0; i < lt; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(s + i * 16), from_half(from + i * 16), sum);
         sum = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
         for (long i = 0; i < lt; i++) {
-            __m512 e = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + i * 16), sum), from_bf16(from + i * 16));
-            to_bf16(o + i * 16, _mm512_mul_ps(e, scale));
+            __m512 e = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + i * 16), sum), from_half(from + i * 16));
+            to_half(o + i * 16, _mm512_mul_ps(e, scale));
         }
         if (lt * 16 < Lk) _mm256_storeu_si256((void *)(o + lt * 16), _mm256_setzero_si256());
     }
@@ -771,7 +852,7 @@ static void attend_grad(const Block *p, Work *w, const bf16 *q, const bf16 *k, c
 // Samples [s0, s0 + n) through the block. With `backward`, take what is kept and compute the rest up to fc1 again.
 static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
-    const bf16 *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
+    const half *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
     for (long s = 0; s < n; s++)
         for (long t = 0; t < L; t++) {
             const float *x = p->x + ((s0 + s) * L + t) * D;
@@ -785,10 +866,10 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
     int more = KEEP_MORE && p->kept;
     if (more) w->qkv = kept_qkv(p, w, s0);
     if (!more || !backward) linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
-    bf16 *prob = p->kept ? kept_prob(p, w, s0) : w->p, *ao = p->kept ? kept_ao(p, w, s0) : w->ao;
+    half *prob = p->kept ? kept_prob(p, w, s0) : w->p, *ao = p->kept ? kept_ao(p, w, s0) : w->ao;
     for (long s = 0; s < n && !backward; s++)
         for (long h = 0; h < H; h++) {
-            const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
+            const half *k = w->qkv + s * L * 3 * D + D + h * d;
             attend(p, w, k - D + (L - T) * 3 * D, k, k + D, p->kept ? prob + (s * H + h) * T * w->Lk : prob,
                    ao + s * T * D + h * d);
         }
@@ -802,23 +883,37 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
     linear(ADD_TO, Q, D, F, w->a, fc2w, w->c, last);
 }
 
-// g = scale[row] * d as bfloat16
-static void scaled(const float *d, const float *scale, long rows, long D, bf16 *g) {
+// g = times scale[row] d as halves
+static void scaled(const float *d, const float *scale, float times, long rows, long D, half *g) {
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < D; i += 16)
-            to_bf16(g + r * D + i, _mm512_mul_ps(_mm512_set1_ps(scale[r]), _mm512_loadu_ps(d + r * D + i)));
+            to_half(g + r * D + i, _mm512_mul_ps(_mm512_set1_ps(times * scale[r]), _mm512_loadu_ps(d + r * D + i)));
+}
+
+// On the way back every gradient of a block is carried as a multiple of itself by a power of two, which keeps it in the
+// range of half precision (6e-5 to 65504): the largest of dy lands in [32, 64). bfloat16 has float32's range.
+static float range_scale(const float *dy, long count) {
+#ifdef FP16
+    __m512 top = _mm512_setzero_ps();
+    for (long i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_loadu_ps(dy + i)));
+    float largest = _mm512_reduce_max_ps(top);
+    int power = largest > 0 && isfinite(largest) ? 5 - ilogbf(largest) : 0;
+    return ldexpf(1.0f, MIN(power, 120));
+#else
+    return 1.0f;
+#endif
 }
 
 // `packed`: the weights for the way back. `add`: the sums of weight gradients hold something already.
-static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0, long n, int add) {
+static void backward_chunk(const Block *p, Work *w, const half *packed, long s0, long n, int add) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
-    const bf16 *qkvw = packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
+    const half *qkvw = packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
     const float *dy = p->dy + s0 * T * D;
     float *n1w = w->vectors, *n1b = n1w + D, *qkvb = n1b + D, *projb = qkvb + 3 * D, *n2w = projb + D, *n2b = n2w + D,
           *fc1b = n2b + D, *fc2b = fc1b + F;
     forward_chunk(p, w, s0, n, 1);
 
-    scaled(dy, w->scale2, Q, D, w->g);
+    scaled(dy, w->scale2, w->up, Q, D, w->g);
     if (p->need_weights) {
         pack_left(w->g, D, Q, D, w->left, fc2b);
         pack_left(w->xn2, D, Q, D, w->left2, 0);
@@ -839,21 +934,22 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
         linear(f ? ADD_F32 : STORE_F32, Q, D, N, w->da, fc1w + f * D, w->c, (Finish){.sum = w->dxn});
     }
     for (long q = 0; q < Q; q++)
-        norm_row_grad(w->dxn + q * D, w->x1 + q * D, D, w->stats2 + 2 * q, p->n2w, n2w, n2b, dy + q * D, w->dx1 + q * D);
+        norm_row_grad(w->dxn + q * D, w->x1 + q * D, D, w->stats2 + 2 * q, p->n2w, n2w, n2b, w->up, dy + q * D, 1.0f,
+                      w->dx1 + q * D);
 
-    scaled(w->dx1, w->scale1, Q, D, w->g);
+    scaled(w->dx1, w->scale1, 1.0f, Q, D, w->g);
     if (p->need_weights) {
         pack_left(w->g, D, Q, D, w->left, projb);
         pack_right(kept_ao(p, w, s0), D, Q, D, w->right, 0);
         accumulate(Q, D, D, w->left, w->right, w->projw, D / 32, add);
     }
     linear(STORE, Q, D, D, w->g, projw, w->c, (Finish){.out = w->ao});  // its gradient
-    memset(w->ao + Q * D, 0, 32 * sizeof(bf16));  // a head of 16 columns reads so far beyond the last row: 0 * NaN is NaN
+    memset(w->ao + Q * D, 0, 32 * sizeof(half));  // a head of 16 columns reads so far beyond the last row: 0 * NaN is NaN
     for (long s = 0; s < n; s++)
         for (long h = 0; h < H; h++) {
-            const bf16 *k = w->qkv + s * L * 3 * D + D + h * d;
-            bf16 *dk = w->dqkv + s * L * 3 * D + D + h * d;
-            for (long t = 0; t < L - T; t++) memset(dk - D + t * 3 * D, 0, d * sizeof(bf16));
+            const half *k = w->qkv + s * L * 3 * D + D + h * d;
+            half *dk = w->dqkv + s * L * 3 * D + D + h * d;
+            for (long t = 0; t < L - T; t++) memset(dk - D + t * 3 * D, 0, d * sizeof(half));
             attend_grad(p, w, k - D + (L - T) * 3 * D, k, k + D, kept_prob(p, w, s0) + (s * H + h) * T * w->Lk,
                         w->ao + s * T * D + h * d, dk - D + (L - T) * 3 * D, dk, dk + D);
         }
@@ -866,13 +962,13 @@ static void backward_chunk(const Block *p, Work *w, const bf16 *packed, long s0,
     for (long s = 0; s < n; s++)
         for (long t = 0; t < L; t++) {
             long r = s * L + t, q = s * T + t - (L - T), at = ((s0 + s) * L + t) * D;
-            norm_row_grad(w->dxn + r * D, p->x + at, D, w->stats1 + 2 * r, p->n1w, n1w, n1b,
-                          t < L - T ? 0 : w->dx1 + q * D, p->dx + at);
+            norm_row_grad(w->dxn + r * D, p->x + at, D, w->stats1 + 2 * r, p->n1w, n1w, n1b, 1.0f,
+                          t < L - T ? 0 : w->dx1 + q * D, w->down, p->dx + at);
         }
 }
 
 // Share `part` of `parts` of packing all four matrices.
-static void pack_block(const Block *p, bf16 *out, int backward, long part, long parts) {
+static void pack_block(const Block *p, half *out, int backward, long part, long parts) {
     const float *w[] = {p->qkvw, p->projw, p->fc1w, p->fc2w};
     long D = p->D, F = p->F, N[] = {3 * D, D, F, D}, K[] = {D, D, D, F};
     for (int i = 0; i < 4; out += N[i] * K[i], i++) {
@@ -903,11 +999,12 @@ void block_forward(const Block *p) {
 
 void block_backward(const Block *p) {
     long D = p->D, F = p->F, parts = p->threads;
-    bf16 *packed = (bf16 *)UP((uintptr_t)p->work, 64);
+    half *packed = (half *)UP((uintptr_t)p->work, 64);
     char *base = (char *)packed + UP(2 * (4 * D * D + 2 * D * F), 4096);
     Work first;
     size_t size = layout(p, &first, 0, 1);
     layout(p, &first, base, 1);
+    float up = range_scale(p->dy, p->B * p->T * D), down = 1.0f / up;
 #pragma omp parallel num_threads(parts)
 #pragma omp for schedule(static, 1)
     for (long part = 0; part < parts; part++) pack_block(p, packed, 1, part, parts);
@@ -916,6 +1013,7 @@ void block_backward(const Block *p) {
     for (long part = 0; part < parts; part++) {
         Work w;
         layout(p, &w, base + part * size, 1);
+        w.up = up, w.down = down;
         memset(w.vectors, 0, vector_count(p) * sizeof(float));
         tiles_on();
         long begin = p->B * part / parts, end = p->B * (part + 1) / parts;
@@ -927,7 +1025,7 @@ void block_backward(const Block *p) {
         long from = i >= fc1b && i < fc1b + F ? fc1b + position(i - fc1b) : i;  // fc1's are in packing order
         float sum = first.vectors[from];
         for (long part = 1; part < parts; part++) sum += first.vectors[from + part * stride];
-        p->grads[i] = sum;
+        p->grads[i] = down * sum;
     }
     if (!p->need_weights) return;
     struct { float *acc; long M, N; int transposed; } m[] = {
@@ -938,7 +1036,7 @@ void block_backward(const Block *p) {
         float *out = p->grads + count;
         for (int i = 0; i < 4; out += m[i].M * m[i].N, i++) {
             long pieces = m[i].M * m[i].N / 1024;
-            unpack(m[i].acc, stride, parts, m[i].M, m[i].N, m[i].transposed, out, pieces * part / parts,
+            unpack(m[i].acc, stride, parts, m[i].M, m[i].N, m[i].transposed, down, out, pieces * part / parts,
                    pieces * (part + 1) / parts);
         }
     }
@@ -953,7 +1051,7 @@ typedef struct {
     float lr, decay;     // of this matrix, adjusted for its shape; decay is already multiplied by the rate
 } Matrix;
 
-typedef struct { bf16 *x, *gram, *left, *right; float *c; } MuonWork;
+typedef struct { half *x, *gram, *left, *right; float *c; } MuonWork;
 
 static size_t muon_layout(long m, long n, char *base, MuonWork *w) {
     w->x = (void *)base;
@@ -973,7 +1071,7 @@ int64_t muon_workspace(int64_t shortest, int64_t longest, int64_t threads) {
 // from the other side where x is tall.
 static void orthogonalize(long rows, long cols, const MuonWork *w, const float *abc) {
     __m512 ka = _mm512_set1_ps(abc[0]), kb = _mm512_set1_ps(abc[1]), kc = _mm512_set1_ps(abc[2]);
-    bf16 *x = w->x, *gram = w->gram;
+    half *x = w->x, *gram = w->gram;
     float *c = w->c;
     int tall = rows > cols;
     long m = tall ? cols : rows;
@@ -991,12 +1089,12 @@ static void orthogonalize(long rows, long cols, const MuonWork *w, const float *
                 const float *s = c + (tall ? position(i) : i) * m + j;
                 __m512 low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
                 if (tall) in_order(&low, &high);
-                _mm512_storeu_si512(gram + i * m + j, two_to_bf16(low, high));
+                _mm512_storeu_si512(gram + i * m + j, two_to_half(low, high));
             }
         pack_columns(gram, m, m, m, w->right);  // symmetric: as good as its rows
         mul(m / 16, m / 16, m / 32, gram, 32 * m, 64, 2 * m, w->right, c, 4 * m);
         for (long i = 0; i < m * m; i += 16)
-            to_bf16(gram + i, _mm512_fmadd_ps(kc, _mm512_loadu_ps(c + i), _mm512_mul_ps(kb, from_bf16(gram + i))));
+            to_half(gram + i, _mm512_fmadd_ps(kc, _mm512_loadu_ps(c + i), _mm512_mul_ps(kb, from_half(gram + i))));
         if (tall) {
             pack_columns(gram, m, m, m, w->right);
             mul(rows / 16, m / 16, m / 32, x, 32 * m, 64, 2 * m, w->right, c, 4 * m);
@@ -1007,8 +1105,8 @@ static void orthogonalize(long rows, long cols, const MuonWork *w, const float *
         for (long i = 0; i < rows * cols; i += 32) {
             __m512 low = _mm512_loadu_ps(c + i), high = _mm512_loadu_ps(c + i + 16);
             if (!tall) in_order(&low, &high);
-            low = _mm512_fmadd_ps(ka, from_bf16(x + i), low), high = _mm512_fmadd_ps(ka, from_bf16(x + i + 16), high);
-            _mm512_storeu_si512(x + i, two_to_bf16(low, high));
+            low = _mm512_fmadd_ps(ka, from_half(x + i), low), high = _mm512_fmadd_ps(ka, from_half(x + i + 16), high);
+            _mm512_storeu_si512(x + i, two_to_half(low, high));
         }
     }
 }
@@ -1027,18 +1125,21 @@ void muon(const Matrix *all, int64_t count, float momentum, const float *abc, ch
             __m512 g = _mm512_loadu_ps(p->grad + i), b = _mm512_loadu_ps(p->momentum + i);
             b = _mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g);
             _mm512_storeu_ps(p->momentum + i, b);
-            to_bf16(w.x + i, _mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g));
-            square = _mm512_fmadd_ps(from_bf16(w.x + i), from_bf16(w.x + i), square);
+            g = _mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g);
+            square = _mm512_fmadd_ps(g, g, square);
         }
         float norm = sqrtf(_mm512_reduce_add_ps(square));
         __m512 scale = _mm512_set1_ps(1.0f / (norm > 1e-7f ? norm : 1e-7f));
-        for (long i = 0; i < size; i += 16) to_bf16(w.x + i, _mm512_mul_ps(from_bf16(w.x + i), scale));
+        for (long i = 0; i < size; i += 16) {
+            __m512 g = _mm512_loadu_ps(p->grad + i), b = _mm512_loadu_ps(p->momentum + i);
+            to_half(w.x + i, _mm512_mul_ps(_mm512_fmadd_ps(_mm512_sub_ps(b, g), keep, g), scale));
+        }
         tiles_on();
         orthogonalize(p->rows, p->cols, &w, abc);
         tiles_off();
         for (long i = 0; i < size; i += 16) {
             __m512 v = _mm512_mul_ps(_mm512_loadu_ps(p->weight + i), _mm512_set1_ps(1.0f - p->decay));
-            _mm512_storeu_ps(p->weight + i, _mm512_fnmadd_ps(from_bf16(w.x + i), _mm512_set1_ps(p->lr), v));
+            _mm512_storeu_ps(p->weight + i, _mm512_fnmadd_ps(from_half(w.x + i), _mm512_set1_ps(p->lr), v));
         }
     }
 }
