@@ -50,7 +50,7 @@ ADAPTATIONS = {
 }
 STRONG_MNIST = "--epochs 20 --affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
 STRONG_MNIST += " --random-erasing 0.2 --ema-decay 0.999"
-STRONG_CIFAR = "--epochs 40 --mixup 0.8 --cutmix 1 --ema-decay 0.999"
+STRONG_CIFAR = "--epochs 30 --mixup 0.2 --cutmix 1 --ema-decay 0.999"
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
