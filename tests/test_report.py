@@ -131,10 +131,27 @@ def test_groups_are_named_by_what_differs(tmp_path):
     loaded, _, _ = load([tmp_path])
     named = [[group.name for group in family] for family in families(loaded)]
     assert named == [
-        ["from scratch", "from scratch, 0.01 of the labels", "from scratch, no augmentation",
-         "from gone/x, adapt pos embed reinit"],
+        ["from scratch", "from scratch, no augmentation", "from gone/x, adapt pos embed reinit"],
+        ["from scratch"],  # with few labels: another budget
         ["from scratch"],
     ]  # fmt: skip
+
+
+def test_few_labels_are_a_budget_that_is_named(tmp_path):
+    for name, init in {"a": "none", "b": "gone/x"}.items():
+        write(tmp_path / "r" / name, "finetune", "mnist", 0.9, label_fraction=0.01, init=init)
+    write(tmp_path / "r" / "c", "finetune", "mnist", 0.9)
+    text = page(tmp_path / "r", tmp_path / "page.html").text
+    assert "1% of the labels. Ticks are seeds" in text
+
+
+def test_precision_is_what_was_taken_not_what_was_asked_for(tmp_path):
+    write(tmp_path / "a", "finetune", "mnist", 0.9)
+    write(tmp_path / "b", "finetune", "mnist", 0.9, precision="bf16", init="gone/x")
+    write(tmp_path / "c", "finetune", "mnist", 0.9, precision="fp32")
+    loaded, _, _ = load([tmp_path])
+    assert [run.config["precision"] for run in loaded] == ["bf16", "bf16", "fp32"]
+    assert ["--precision" in command(run) for run in loaded] == [False, True, True]
 
 
 def test_errors_of_normalised_pixels_are_starred(tmp_path):

@@ -25,7 +25,7 @@ CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": Prob
 MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
-BUDGET = ("data", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
+BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
 AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
 GENERIC = {"pretrain", "finetune", "probe", "best", "last", "checkpoints"}  # folder names that many runs share
 
@@ -38,7 +38,8 @@ class Run:
         number: on the page, from 1.
         name: path as shown.
         folder: where it lies.
-        config: with the defaults of its task filled in.
+        config: with the defaults of its task filled in, and the precision that was taken where it asks for "auto".
+        asked_precision: what the config says itself.
         env: env.json. metrics: rows of metrics.jsonl. result: result.json, {} of an unfinished run.
         in_sweep: whether it is part of a sweep.
         origin: the run that `init` names, where it was given.
@@ -48,6 +49,7 @@ class Run:
     name: str
     folder: Path
     config: dict[str, Any]
+    asked_precision: str
     env: dict[str, Any]
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
@@ -177,7 +179,11 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
     result = read_json(folder / "result.json") if is_complete(folder) else {}
     if is_complete(folder) and number(result, *MEASURE[config["task"]]) is None:
         raise RunError(f"{folder / 'result.json'} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
-    return Run(number_, name, folder, config, read_json(folder / "env.json"), read_metrics(folder), result, in_sweep)
+    env, asked = read_json(folder / "env.json"), config.get("precision", "auto")
+    taken = re.search(r"\b(fp32|bf16)\b", str(env.get("hardware"))) if asked == "auto" else None
+    if taken:
+        config["precision"] = taken[0]
+    return Run(number_, name, folder, config, asked, env, read_metrics(folder), result, in_sweep)
 
 
 def _with_origin(run: Run, runs: Sequence[Run], depth: int = 0) -> Run:
@@ -286,7 +292,7 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 def _phrase(name: str, value: Any) -> str:
     if name == "label_fraction":
-        return f"{value:.3g} of the labels" if value < 1 else "all labels"
+        return f"{100 * value:.3g}% of the labels" if value < 1 else "all labels"
     words = name.replace("_", " ")
     return (
         ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
@@ -355,7 +361,8 @@ def command(run: Run) -> str:
             if init != "none":  # these come with the weights
                 base = base | {k: run.config[k] for k in ENCODER}
     fields = [f.name for f in dataclasses.fields(CONFIGS[run.task])]
-    words += [w for k in fields if k in base and run.config[k] != base[k] for w in _flag(k, run.config[k])]
+    config = {**run.config, "precision": run.asked_precision}
+    words += [w for k in fields if k in base and config[k] != base[k] for w in _flag(k, config[k])]
     if "--seed" not in words:
         words += ["--seed", str(run.config["seed"])]
     return shlex.join([*words, "--out", run.name])
@@ -371,8 +378,9 @@ def sweep_command(sweep: Sweep) -> str:
     recipe = "RECIPE"
     if pretrain:
         recipe, base = nearest_recipe(pretrain)
-        changed = [k for k, v in base.items() if k not in grid and pretrain.config[k] != v]
-        words += [word for k in changed for word in _flag(k, pretrain.config[k])]
+        config = {**pretrain.config, "precision": pretrain.asked_precision}
+        changed = [k for k, v in base.items() if k not in grid and config[k] != v]
+        words += [word for k in changed for word in _flag(k, config[k])]
     if finetune:
         words += ["--finetune-epochs", str(finetune.config["epochs"])]
     return shlex.join(["maelab", "sweep", recipe, *words, "--out", sweep.name])

@@ -170,6 +170,8 @@ def describe(config: dict[str, Any]) -> str:
     """Budget and model of a family, in words."""
     model = f"patch {config['patch_size']}, width {config['embed_dim']}, {config['depth']} blocks"
     share = f", {config['limit']} images at most" if config["limit"] else ""
+    if config.get("label_fraction", 1.0) < 1:
+        share += f", {100 * config['label_fraction']:.3g}% of the labels"
     return f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}, {model}, batch {config['batch_size']}{share}"
 
 

@@ -393,7 +393,7 @@ def _difference(a: Group, b: Group) -> list[Any] | None:
     """A row on what a gains over its control b, which starts from scratch, without augmentation, or as the recipe."""
     left, right = aspects(a.runs[0]), aspects(b.runs[0])
     differing = [key for key in left if left[key] != right.get(key)]
-    if len(differing) != 1 or differing == ["label_fraction"]:
+    if len(differing) != 1:
         return None
     plainness = [(g.config["init"] == "none", not augmented(g.config), -len(g.name), g.name) for g in (a, b)]
     x, y = measured(a, "test", "accuracy"), measured(b, "test", "accuracy")
@@ -436,7 +436,7 @@ def _verdict(pairs: Sequence[Sequence[Any]]) -> list[str]:
 def label_fractions(material: Material) -> Section | None:
     """Accuracy over the share of the labels, one line for each start."""
     blocks: list[Table | Figure] = []
-    loose = tuple(field for field in BUDGET if field not in ("epochs", "batch_size"))
+    loose = tuple(field for field in BUDGET if field not in PACE)
     for family in families(material.of("finetune"), loose):
         lines: dict[str, dict[float, list[float]]] = {}
         members: dict[str, list[Group]] = {}
