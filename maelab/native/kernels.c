@@ -891,13 +891,13 @@ static void scaled(const float *d, const float *scale, float times, long rows, l
 }
 
 // On the way back every gradient of a block is carried as a multiple of itself by a power of two, which keeps it in the
-// range of half precision (6e-5 to 65504): the largest of dy lands in [32, 64). bfloat16 has float32's range.
+// range of half precision (6e-5 to 65504): the largest of dy lands in [8, 16). bfloat16 has float32's range.
 static float range_scale(const float *dy, long count) {
 #ifdef FP16
     __m512 top = _mm512_setzero_ps();
     for (long i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_loadu_ps(dy + i)));
     float largest = _mm512_reduce_max_ps(top);
-    int power = largest > 0 && isfinite(largest) ? 5 - ilogbf(largest) : 0;
+    int power = largest > 0 && isfinite(largest) ? 3 - ilogbf(largest) : 0;
     return ldexpf(1.0f, MIN(power, 120));
 #else
     return 1.0f;
