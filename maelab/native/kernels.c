@@ -225,32 +225,33 @@ static void tiles_on(void) {}
 static void tiles_off(void) {}
 
 #ifdef FP16
-// The left factor, for each pair of k its 16 rows side by side, up to so many tiles of it: first-level cache.
+// The left factor, two panels of 16 rows: for each pair of k the rows side by side, up to so many tiles: first-level cache.
 #define DEEP 12L
 #define CHAIN 6L  // tiles whose sum half precision holds: 96 products in each of the two sums of an element
-static _Thread_local int panel[DEEP * 256] __attribute__((aligned(64)));
+static _Thread_local int panel[2][DEEP * 256] __attribute__((aligned(64)));
 
-static void make_panel(long kt, const half *a, long ak, long lda) {
+static void make_panel(int which, long kt, const half *a, long ak, long lda) {
     for (long k = 0; k < kt; k++, a += ak / 2) {
         __m512i t[16];
         for (int i = 0; i < 16; i++) t[i] = _mm512_loadu_si512(a + i * lda / 2);
         transpose(t);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(panel + k * 256 + i * 16, t[i]);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(panel[which] + k * 256 + i * 16, t[i]);
     }
 }
 
-// C (16 x 16 columns) [+]= panel B over kt tiles of B, one after the other; the next columns' lie bn halves further.
-// C's rows are ldc bytes apart.
-INLINE void tiles_mul(int columns, long kt, const half *b, long bn, float *c, long ldc, int add) {
+// C (16 panels x 16 columns) [+]= panels B over kt tiles of B, one after the other; the next columns' lie bn halves
+// further. C's rows are ldc bytes apart.
+INLINE void tiles_mul(int panels, int columns, long kt, const half *b, long bn, float *c, long ldc, int add) {
     enum { ROWS = 8 };
     for (long k = 0; k < kt; k += CHAIN, add = 1)
-        for (int r0 = 0; r0 < 16; r0 += ROWS) {
+        for (int r0 = 0; r0 < 16 * panels; r0 += ROWS) {
             __m512h sum[ROWS][2];
-            const int *a = panel + k * 256 + r0;
+            const int *a = panel[r0 / 16] + k * 256 + r0 % 16;
             const half *from = b + k * 512;
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ph();
             for (long p = 16 * MIN(CHAIN, kt - k); p > 0; p--, a += 16, from += 32) {
+                if (columns > 1 && r0 < 16) _mm_prefetch(from + (2 + (r0 > 0)) * bn, _MM_HINT_T0);  // of the next columns
                 __m512h b0 = (__m512h)_mm512_load_si512(from), b1 = columns > 1 ? (__m512h)_mm512_load_si512(from + bn) : b0;
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
@@ -271,19 +272,19 @@ INLINE void tiles_mul(int columns, long kt, const half *b, long bn, float *c, lo
         }
 }
 static __attribute__((noinline)) void tile_mul(long kt, const half *b, float *c, long ldc, int add) {
-    tiles_mul(1, kt, b, 0, c, ldc, add);
+    tiles_mul(1, 1, kt, b, 0, c, ldc, add);
 }
-static __attribute__((noinline)) void two_tiles_mul(long kt, const half *b, long bn, float *c, long ldc, int add) {
-    tiles_mul(2, kt, b, bn, c, ldc, add);
+static __attribute__((noinline)) void two_tiles_mul(int panels, long kt, const half *b, long bn, float *c, long ldc, int add) {
+    tiles_mul(panels, 2, kt, b, bn, c, ldc, add);
 }
 
 #else
-// The left factor as float32, for each k its 16 rows side by side, up to so many tiles of it: first-level cache.
-#define DEEP 10L
-static _Thread_local float panel[DEEP * 512] __attribute__((aligned(64)));
+// The left factor as float32, two panels of 16 rows: for each k the rows side by side, up to so many tiles: first-level cache.
+#define DEEP 8L
+static _Thread_local float panel[2][DEEP * 512] __attribute__((aligned(64)));
 
-static void make_panel(long kt, const half *a, long ak, long lda) {
-    float *o = panel;
+static void make_panel(int which, long kt, const half *a, long ak, long lda) {
+    float *o = panel[which];
     for (long k = 0; k < kt; k++, a += ak / 2) {
         __m512i t[16];
         for (int i = 0; i < 16; i++) t[i] = _mm512_loadu_si512(a + i * lda / 2);
@@ -296,9 +297,8 @@ static void make_panel(long kt, const half *a, long ak, long lda) {
 }
 
 // C (16 x 16) [+]= panel B over kt tiles of B, one after the other. C's rows are ldc bytes apart.
-static __attribute__((noinline)) void tile_mul(long kt, const half *b, float *c, long ldc, int add) {
+static __attribute__((noinline)) void panel_mul(const float *a, long kt, const half *b, float *c, long ldc, int add) {
     __m512 sum[16];
-    const float *a = panel;
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) sum[r] = add ? _mm512_load_ps(c + r * ldc / 4) : _mm512_setzero_ps();
     for (long p = 0; p < 16 * kt; p++, a += 32, b += 32) {
@@ -312,9 +312,10 @@ static __attribute__((noinline)) void tile_mul(long kt, const half *b, float *c,
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) _mm512_store_ps(c + r * ldc / 4, sum[r]);
 }
-static void two_tiles_mul(long kt, const half *b, long bn, float *c, long ldc, int add) {
-    tile_mul(kt, b, c, ldc, add);
-    tile_mul(kt, b + bn, c + 16, ldc, add);
+static void tile_mul(long kt, const half *b, float *c, long ldc, int add) { panel_mul(panel[0], kt, b, c, ldc, add); }
+static void two_tiles_mul(int panels, long kt, const half *b, long bn, float *c, long ldc, int add) {
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < panels; i++) panel_mul(panel[i], kt, b + n * bn, c + i * 4 * ldc + 16 * n, ldc, add);
 }
 #endif
 
@@ -322,11 +323,11 @@ static void mul(long mt, long nt, long kt, const void *a, long am, long ak, long
     for (long m = 0; m < mt; m++)
         for (long k = 0; k < kt; k += DEEP) {
             long steps = MIN(DEEP, kt - k);
-            make_panel(steps, (const half *)a + (m * am + k * ak) / 2, ak, lda);
+            make_panel(0, steps, (const half *)a + (m * am + k * ak) / 2, ak, lda);
             for (long n = 0; n < nt; n += 2) {
                 const half *from = (const half *)b + (n * kt + k) * 512;
                 float *to = (float *)c + (m * ldc * 16 + n * 64) / 4;
-                if (n + 1 < nt) two_tiles_mul(steps, from, kt * 512, to, ldc, k > 0);
+                if (n + 1 < nt) two_tiles_mul(1, steps, from, kt * 512, to, ldc, k > 0);
                 else tile_mul(steps, from, to, ldc, k > 0);
             }
         }
@@ -559,18 +560,18 @@ static void accumulate(long rows, long M, long N, const half *a, const half *b, 
 }
 
 #else
-// x (rows, K) times packed weights -> (rows, N), by pieces of 16 x 32. `c` holds the sums, max(N, 64) x 32.
+// x (rows, K) times packed weights -> (rows, N), by pieces of 32 x 32. `c` holds the sums, max(N, 64) x 32.
 static __attribute__((noinline)) void linear(int kind, long rows, long N, long K, const half *x, const half *w, float *c, Finish f) {
     long KT = K / 32, parts = (KT + DEEP - 1) / DEEP, last = kind == TIMES ? UP(rows, 32) : rows;
-    for (long m = 0; m < last; m += 16)
+    for (long m = 0; m < rows; m += 32)
         for (long part = 0; part < parts; part++) {
-            long from = KT * part / parts, steps = KT * (part + 1) / parts - from;
-            if (m < rows) make_panel(steps, x + m * K + from * 32, 64, 2 * K);
+            long from = KT * part / parts, steps = KT * (part + 1) / parts - from, panels = rows - m > 16 ? 2 : 1;
+            for (long i = 0; i < panels; i++) make_panel(i, steps, x + (m + 16 * i) * K + from * 32, 64, 2 * K);
             for (long n = 0; n < N; n += 32) {
-                float *o = c + (parts > 1 ? n * 16 : 0);
-                if (m < rows) two_tiles_mul(steps, w + n * K + from * 512, 16 * K, o, 128, part > 0);
+                float *o = c + (parts > 1 ? n * 32 : 0);
+                two_tiles_mul(panels, steps, w + n * K + from * 512, 16 * K, o, 128, part > 0);
                 if (part == parts - 1)
-                    for (long i = 0; i < MIN(16, last - m); i += 2) finish_rows(kind, &f, o + i * 32, m + i, rows, n, N);
+                    for (long i = 0; i < MIN(32, last - m); i += 2) finish_rows(kind, &f, o + i * 32, m + i, rows, n, N);
             }
         }
 }
@@ -579,13 +580,13 @@ static __attribute__((noinline)) void linear(int kind, long rows, long N, long K
 // a row of `out`.
 static void accumulate(long rows, long M, long N, const half *a, const half *b, float *out, long ld, int add) {
     long RB = UP(rows, 32) / 32, parts = (RB + DEEP - 1) / DEEP;
-    for (long m = 0; m < M; m += 16)
+    for (long m = 0; m < M; m += 32)
         for (long part = 0; part < parts; part++) {
             long from = RB * part / parts, steps = RB * (part + 1) / parts - from;
-            make_panel(steps, a + (m * RB / 16 + from) * 512, 1024, 64);
+            for (long i = 0; i < 2; i++) make_panel(i, steps, a + ((m / 16 + i) * RB + from) * 512, 1024, 64);
             for (long n = 0; n < N; n += 32)
-                two_tiles_mul(steps, b + (n * RB / 16 + from) * 512, RB * 512,
-                              out + (m / 32 * ld + n / 32) * 1024 + m % 32 * 32, 128, add || part > 0);
+                two_tiles_mul(2, steps, b + (n * RB / 16 + from) * 512, RB * 512, out + (m / 32 * ld + n / 32) * 1024, 128,
+                              add || part > 0);
         }
 }
 
@@ -711,7 +712,7 @@ static size_t layout(const Block *p, Work *w, char *base, int backward) {
     TAKE(p, w->Tp * w->Lk);
     TAKE(s, w->Tp * w->Lk);
     TAKE(o, w->Lk * w->dk);
-    TAKE(c, 32 * (D > 64 ? D : 64));
+    TAKE(c, 32 * (3 * D > F ? 3 * D : F));  // D is 32 at least
     for (int i = 0; i < 4; i++) TAKE(heads[i], w->Lk * (i < 2 ? w->dk : w->Tp > w->dk ? w->Tp : w->dk));
     TAKE(stats1, 2 * R);
     TAKE(stats2, 2 * Q);
