@@ -82,7 +82,7 @@ def experiments() -> dict[str, dict[str, str]]:
     mnist |= {f"best-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 60"}
     cifar |= {"best-cifar-s0": f"finetune cifar10 --init @mae-cifar-long {STRONG_CIFAR}"}
-    grid = "--grid patch_size=2,4,7,14 --grid mask_ratio=0.3,0.5,0.7,0.9"
+    grid = "--grid patch_size=14,7,4,2 --grid mask_ratio=0.3,0.5,0.7,0.9"  # the quick cells first
     sweep = {"sweep": f"sweep mnist {grid} --epochs 10 --val-fraction 0.2 --finetune-epochs 2"}
     parts = {"quickstart": quickstart, "sweep": sweep, "controls": controls, "transfer": transfer}
     return parts | {"adaptations": adapted, "labels": labels, "mnist": mnist, "cifar10": cifar}
@@ -106,13 +106,22 @@ def is_done(folder: Path) -> bool:
     return is_complete(folder) or bool(read_json(folder / "sweep.json").get("complete"))
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether it is a sweep of which some cells are done."""
+    return bool(read_json(folder / "sweep.json").get("cells")) and not is_done(folder)
+
+
 def run(todo: dict[str, str], jobs: int) -> None:
-    """Do what is not done yet, `jobs` at a time; with several, each gets one thread.
+    """Do what is not done yet, `jobs` at a time; with several, each gets one thread. A sweep that was kept half done
+    goes on from there.
 
     Raises:
         SystemExit: with the status of the first that fails, after those that still run have ended; 130 when
             interrupted, after those that run have saved themselves.
     """
+    for name in todo:
+        if is_begun(KEPT / name) and not (WORK / name).exists():
+            shutil.copytree(KEPT / name, WORK / name)
     waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
     running: dict[str, subprocess.Popen[bytes]] = {}
     status = 0
@@ -143,13 +152,20 @@ def run(todo: dict[str, str], jobs: int) -> None:
         raise SystemExit(status)
 
 
+def cell(file: Path, sweep: Path) -> Path:
+    """The folder of a sweep's cell that a file belongs to."""
+    return sweep / file.relative_to(sweep).parts[0]
+
+
 def keep(names: list[str]) -> None:
-    """Copy what is small of the complete runs: configs, metrics, results; of the first seed the pictures too."""
+    """Copy what is small of the complete runs and cells: configs, metrics, results; of the first seed pictures too."""
     for name in names:
         source, target = WORK / name, KEPT / name
-        if is_done(source):
+        if is_done(source) or is_begun(source):
             shutil.rmtree(target, ignore_errors=True)
             for file in source.rglob("*"):
+                if is_begun(source) and file.parent != source and not is_complete(cell(file, source) / "finetune"):
+                    continue
                 record = file.suffix in (".json", ".jsonl") and "checkpoints" not in file.parts
                 if record or (file.name in PICTURES and read_json(file.parents[1] / "config.json").get("seed") == 0):
                     (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,10 +86,40 @@ def test_pictures_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_the_results_table_is_that_of_the_kept_runs():
+@pytest.fixture
+def make():
+    """results/make.py as a module."""
     spec = importlib.util.spec_from_file_location("make", ROOT / "results" / "make.py")
     assert spec and spec.loader
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_results_table_is_that_of_the_kept_runs(make):
     assert make.with_table(README) == README, "run make results"
     assert make.table().count("\n") > 2
+
+
+def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "WORK", tmp_path / "work")
+    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
+    cells = tmp_path / "work" / "sweep"
+    for name, complete in (("patch_size=14", True), ("patch_size=7", False)):
+        for task in ("pretrain", "finetune"):
+            (cells / name / task).mkdir(parents=True)
+            (cells / name / task / "config.json").write_text("{}")
+            (cells / name / task / "model.safetensors").write_text("")
+            if complete:
+                (cells / name / task / "result.json").write_text('{"val": {}}')
+    (cells / "sweep.json").write_text('{"complete": false, "cells": [{"settings": {"patch_size": "14"}}]}')
+    make.keep(["sweep"])
+    kept = {str(file.relative_to(tmp_path / "kept")) for file in (tmp_path / "kept").rglob("*") if file.is_file()}
+    done = {
+        f"sweep/patch_size=14/{task}/{file}.json" for task in ("pretrain", "finetune") for file in ("config", "result")
+    }
+    assert kept == {"sweep/sweep.json"} | done
+    shutil.rmtree(tmp_path / "work")
+    monkeypatch.setattr(make.sys, "executable", "/bin/true")  # in place of maelab
+    make.run({"sweep": "sweep mnist"}, jobs=1)
+    assert (cells / "patch_size=14" / "finetune" / "result.json").is_file()
