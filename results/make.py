@@ -35,6 +35,7 @@ ROWS = {  # of the README's table: what it says, then which autoencoders and whi
     "CIFAR-10, 10 epochs from an MNIST autoencoder": ("", "augmented-mnist-s?"),
     "CIFAR-10, 10 epochs from a CIFAR-10 autoencoder of 15": ("", "augmented-cifar-s?"),
     "CIFAR-10, 20 epochs from an MNIST autoencoder": ("", "transfer-s?"),
+    "CIFAR-10, 30 epochs from a CIFAR-10 autoencoder of 60": ("", "best-cifar-s?"),
 }
 PICTURES = ("reconstructions.png", "predictions.png")  # that the page shows; it draws the others itself
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
