@@ -153,11 +153,6 @@ def run(todo: dict[str, str], jobs: int) -> None:
         raise SystemExit(status)
 
 
-def cell(file: Path, sweep: Path) -> Path:
-    """The folder of a sweep's cell that a file belongs to."""
-    return sweep / file.relative_to(sweep).parts[0]
-
-
 def keep(names: list[str]) -> None:
     """Copy what is small of the complete runs and cells: configs, metrics, results; of the first seed pictures too."""
     for name in names:
@@ -165,7 +160,8 @@ def keep(names: list[str]) -> None:
         if is_done(source) or is_begun(source):
             shutil.rmtree(target, ignore_errors=True)
             for file in source.rglob("*"):
-                if is_begun(source) and file.parent != source and not is_complete(cell(file, source) / "finetune"):
+                cell = source / file.relative_to(source).parts[0]
+                if is_begun(source) and file.parent != source and not is_complete(cell / "finetune"):
                     continue
                 record = file.suffix in (".json", ".jsonl") and "checkpoints" not in file.parts
                 if record or (file.name in PICTURES and read_json(file.parents[1] / "config.json").get("seed") == 0):

@@ -61,6 +61,11 @@ class Run:
         return self.config["task"]
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The config as it was asked for."""
+        return {**self.config, "precision": self.asked_precision}
+
+    @property
     def data(self) -> str:
         """What it learned on."""
         return str(self.result.get("data", "same")) if self.config["data"] == "same" else self.config["data"]
@@ -270,14 +275,14 @@ def _named(groups: list[list[Run]]) -> list[Group]:
         if run.origin and rivals:
             before = run.origin.config
             of_start = [
-                _phrase(k, before.get(k)) for k in _differing(rivals) if k not in said or said[k] != before.get(k)
+                phrase(k, before.get(k)) for k in _differing(rivals) if k not in said or said[k] != before.get(k)
             ]
             words = [f"{words[0]} ({', '.join(of_start)})"] if of_start else words
         plain = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
         if set(changed) & set(AUGMENT) and all(run.config.get(k, v) == v for k, v in plain.items()):
             words.append("no augmentation")
             changed = [k for k in changed if k not in AUGMENT]
-        words += [_phrase(k, run.config.get(k)) for k in changed]
+        words += [phrase(k, run.config.get(k)) for k in changed]
         names.append(", ".join(words) or f"recipe {recipe}")
     for name, count in Counter(names).items():  # what no field tells apart, the first folder does
         if count > 1:
@@ -290,7 +295,8 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [k for k in configs[0] if k not in hidden and len({_key(c.get(k)) for c in configs}) > 1]
 
 
-def _phrase(name: str, value: Any) -> str:
+def phrase(name: str, value: Any) -> str:
+    """A field of the config and its value, in words."""
     if name == "label_fraction":
         return f"{100 * value:.3g}% of the labels" if value < 1 else "all labels"
     words = name.replace("_", " ")
@@ -361,8 +367,7 @@ def command(run: Run) -> str:
             if init != "none":  # these come with the weights
                 base = base | {k: run.config[k] for k in ENCODER}
     fields = [f.name for f in dataclasses.fields(CONFIGS[run.task])]
-    config = {**run.config, "precision": run.asked_precision}
-    words += [w for k in fields if k in base and config[k] != base[k] for w in _flag(k, config[k])]
+    words += [w for k in fields if k in base and run.asked[k] != base[k] for w in _flag(k, run.asked[k])]
     if "--seed" not in words:
         words += ["--seed", str(run.config["seed"])]
     return shlex.join([*words, "--out", run.name])
@@ -378,9 +383,8 @@ def sweep_command(sweep: Sweep) -> str:
     recipe = "RECIPE"
     if pretrain:
         recipe, base = nearest_recipe(pretrain)
-        config = {**pretrain.config, "precision": pretrain.asked_precision}
-        changed = [k for k, v in base.items() if k not in grid and config[k] != v]
-        words += [word for k in changed for word in _flag(k, config[k])]
+        changed = [k for k, v in base.items() if k not in grid and pretrain.asked[k] != v]
+        words += [word for k in changed for word in _flag(k, pretrain.asked[k])]
     if finetune:
         words += ["--finetune-epochs", str(finetune.config["epochs"])]
     return shlex.join(["maelab", "sweep", recipe, *words, "--out", sweep.name])

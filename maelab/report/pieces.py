@@ -19,6 +19,7 @@ from maelab.report.groups import (
     command,
     families,
     measured,
+    phrase,
     start_label,
 )
 
@@ -171,7 +172,7 @@ def describe(config: dict[str, Any]) -> str:
     model = f"patch {config['patch_size']}, width {config['embed_dim']}, {config['depth']} blocks"
     share = f", {config['limit']} images at most" if config["limit"] else ""
     if config.get("label_fraction", 1.0) < 1:
-        share += f", {100 * config['label_fraction']:.3g}% of the labels"
+        share += f", {phrase('label_fraction', config['label_fraction'])}"
     return f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}, {model}, batch {config['batch_size']}{share}"
 
 
