@@ -198,16 +198,21 @@ def test_without_kernels_the_plain_path_runs_and_says_why(tmp_path, setting: dic
 
 
 NO_AMX = "-mno-amx-tile -mno-amx-bf16"
-OTHERS = {"AVX-512 FP16": NO_AMX, "AVX-512": f"{NO_AMX} -mno-avx512bf16 -mno-avx512fp16"}
+OTHERS = {  # what leaves the compiler only these, and what the processor must have
+    "AVX-512 FP16": (NO_AMX, "avx512_fp16"),
+    "AVX-512 BF16": (f"{NO_AMX} -mno-avx512fp16 -DFAST_BF16", "avx512_bf16"),
+    "AVX-512": (f"{NO_AMX} -mno-avx512bf16 -mno-avx512fp16", "avx512f"),
+}
 
 
 @native
 @pytest.mark.parametrize("units", OTHERS)
 def test_the_same_holds_on_lesser_units(tmp_path, units: str):
-    if "FP16" in units and "avx512_fp16" not in fast._cpu_flags():
-        pytest.skip("this processor does not multiply in half precision")
+    options, needed = OTHERS[units]
+    if needed not in fast._cpu_flags():
+        pytest.skip(f"this processor has no {needed}")
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\nexec cc "$@" {OTHERS[units]}\n')
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" {options}\n')
     compiler.chmod(0o755)
     environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": str(compiler)}
     code = "from maelab.model import fast; print(fast.reason())"

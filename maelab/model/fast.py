@@ -53,11 +53,14 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("MAELAB_DATA") or caches / "maelab") / "native"
 
 
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first processor, by field."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
 def _cpu_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":")[1].split())
-    return set()
+    return set(_cpu().get("flags", "").split())
 
 
 @functools.cache
@@ -72,13 +75,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if missing := NEEDS - flags:
             return None, f"this processor has no {sorted(missing)[0]}"
         source = SOURCE.read_bytes()
-        key = hashlib.sha256(b"\0".join([source, *(f.encode() for f in [*FLAGS, *sorted(flags)])])).hexdigest()[:16]
+        # AMD's bfloat16 instruction does twice the work of a float32 multiply-add in the same time; Intel's, half.
+        chosen = [*FLAGS, "-DFAST_BF16"] if _cpu().get("vendor_id") == "AuthenticAMD" else FLAGS
+        key = hashlib.sha256(b"\0".join([source, *(f.encode() for f in [*chosen, *sorted(flags)])])).hexdigest()[:16]
         path = _cache_dir() / f"{key}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 built = Path(folder) / "kernels.so"
-                command = [os.environ.get("CC", "cc"), *FLAGS, str(SOURCE), "-o", str(built)]
+                command = [os.environ.get("CC", "cc"), *chosen, str(SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)  # two processes at once: the last one wins, both are whole
         library = ctypes.CDLL(str(path))  # finds the OpenMP runtime that torch has loaded: one pool of threads

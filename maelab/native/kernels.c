@@ -5,8 +5,9 @@
 // backward pass, which computes the rest again: that costs less than writing it to memory and reading it back. Matrix
 // products run on 16x16 tiles (factors of 16 bits, float32 sums); norms, softmax, GELU, residuals and sums are float32.
 // Without AMX the same tiles are multiplied by vector instructions: IEEE half precision where the processor multiplies
-// it, summed over at most CHAIN tiles before it goes on in float32, or else float32. Products are dear then, and q, k, v
-// and what goes into GELU are kept as well.
+// it, summed over at most CHAIN tiles before it goes on in float32; bfloat16 in pairs where FAST_BF16 says that this is
+// worth it (it is on AMD's, twice the rate of float32, and not on Intel's, half of it); or else float32. Products are dear
+// then, and q, k, v and what goes into GELU are kept as well.
 //
 // Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
 
@@ -44,6 +45,10 @@ enum { KEEP_MORE = 0 };
 #elif defined(__AVX512FP16__)
 #define UNITS "AVX-512 FP16"
 #define FP16
+enum { KEEP_MORE = 1 };
+#elif defined(FAST_BF16) && defined(__AVX512BF16__)
+#define UNITS "AVX-512 BF16"
+#define DOT
 enum { KEEP_MORE = 1 };
 #else
 #define UNITS "AVX-512"
@@ -224,10 +229,20 @@ static void mul(long mt, long nt, long kt, const void *a_, long am, long ak, lon
 static void tiles_on(void) {}
 static void tiles_off(void) {}
 
-#ifdef FP16
+#if defined(FP16) || defined(DOT)
 // The left factor, two panels of 16 rows: for each pair of k the rows side by side, up to so many tiles: first-level cache.
 #define DEEP 12L
+#ifdef FP16
 #define CHAIN 6L  // tiles whose sum half precision holds: 96 products in each of the two sums of an element
+typedef __m512h Sum;
+INLINE Sum add_products(Sum sum, __m512i a, __m512i b) { return _mm512_fmadd_ph((__m512h)a, (__m512h)b, sum); }
+INLINE __m512 in_float(Sum sum) { return first_of((__m512i)_mm512_add_ph(sum, (__m512h)_mm512_rol_epi32((__m512i)sum, 16))); }
+#else
+#define CHAIN DEEP  // float32 sums have no need to stop
+typedef __m512 Sum;
+INLINE Sum add_products(Sum sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE __m512 in_float(Sum sum) { return sum; }
+#endif
 static _Thread_local int panel[2][DEEP * 256] __attribute__((aligned(64)));
 
 static void make_panel(int which, long kt, const half *a, long ak, long lda) {
@@ -245,19 +260,19 @@ INLINE void tiles_mul(int panels, int columns, long kt, const half *b, long bn, 
     enum { ROWS = 8 };
     for (long k = 0; k < kt; k += CHAIN, add = 1)
         for (int r0 = 0; r0 < 16 * panels; r0 += ROWS) {
-            __m512h sum[ROWS][2];
+            Sum sum[ROWS][2];
             const int *a = panel[r0 / 16] + k * 256 + r0 % 16;
             const half *from = b + k * 512;
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ph();
+            for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (Sum)_mm512_setzero_si512();
             for (long p = 16 * MIN(CHAIN, kt - k); p > 0; p--, a += 16, from += 32) {
                 if (columns > 1 && r0 < 16) _mm_prefetch(from + (2 + (r0 > 0)) * bn, _MM_HINT_T0);  // of the next columns
-                __m512h b0 = (__m512h)_mm512_load_si512(from), b1 = columns > 1 ? (__m512h)_mm512_load_si512(from + bn) : b0;
+                __m512i b0 = _mm512_load_si512(from), b1 = columns > 1 ? _mm512_load_si512(from + bn) : b0;
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
-                    __m512h pair = (__m512h)_mm512_set1_epi32(a[r]);
-                    sum[r][0] = _mm512_fmadd_ph(pair, b0, sum[r][0]);
-                    if (columns > 1) sum[r][1] = _mm512_fmadd_ph(pair, b1, sum[r][1]);
+                    __m512i pair = _mm512_set1_epi32(a[r]);
+                    sum[r][0] = add_products(sum[r][0], pair, b0);
+                    if (columns > 1) sum[r][1] = add_products(sum[r][1], pair, b1);
                 }
             }
 #pragma GCC unroll 8
@@ -265,8 +280,7 @@ INLINE void tiles_mul(int panels, int columns, long kt, const half *b, long bn, 
 #pragma GCC unroll 2
                 for (int n = 0; n < columns; n++) {
                     float *o = c + (r0 + r) * ldc / 4 + 16 * n;
-                    __m512h v = _mm512_add_ph(sum[r][n], (__m512h)_mm512_rol_epi32((__m512i)sum[r][n], 16));
-                    __m512 f = first_of((__m512i)v);
+                    __m512 f = in_float(sum[r][n]);
                     _mm512_store_ps(o, add ? _mm512_add_ps(f, _mm512_load_ps(o)) : f);
                 }
         }
