@@ -267,3 +267,14 @@ def test_the_command_writes_page_and_figures_without_torch(tmp_path):
     assert result["figures"] and all(
         (tmp_path / file).read_bytes().startswith(b"\x89PNG") for file in result["figures"]
     )
+
+
+def test_columns_that_no_run_fills_are_left_out(tmp_path):
+    folder = write(tmp_path / "runs" / "mae", "pretrain", "mnist", 0.1)
+    shown = page(tmp_path / "runs", tmp_path / "page.html").text
+    assert "validation MSE" in shown and "linear, test" not in shown and "k-NN, validation seeds" not in shown
+    result = json.loads((folder / "result.json").read_text())
+    result["val"]["knn_accuracy"] = 0.875
+    (folder / "result.json").write_text(json.dumps(result))
+    shown = page(tmp_path / "runs", tmp_path / "page.html").text
+    assert "k-NN, validation seeds" in shown and "0.8750" in shown

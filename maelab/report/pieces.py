@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ class Table:
     words: frozenset[int] = frozenset({0})
     commands: Sequence[str] = ()
     kind: str = "table"
+
+
+def filled(table: Table) -> Table:
+    """The table without the columns that no row has anything in."""
+    kept = [column for column in range(len(table.head)) if any(row[column] != NONE for row in table.rows)]
+    rows = [[row[column] for column in kept] for row in table.rows]
+    words = frozenset(place for place, column in enumerate(kept) if column in table.words)
+    return replace(table, head=[table.head[column] for column in kept], rows=rows, words=words)
 
 
 @dataclass(frozen=True)

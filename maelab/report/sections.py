@@ -42,6 +42,7 @@ from maelab.report.pieces import (
     duration,
     extra,
     figure,
+    filled,
     found,
     million,
     numbers,
@@ -105,12 +106,13 @@ def autoencoders(material: Material) -> list[Table]:
             [
                 title(group.runs[0].data), str(c["patch_size"]), f"{c['mask_ratio']:g}", str(c["epochs"]),
                 show(measured(group, "train", "masked_mse")) + star, show(measured(group, "val", "masked_mse")) + star,
-                show(measured(probes, "test", "knn_accuracy")), show(measured(probes, "test", "accuracy")),
-                str(len(group.done)), duration((measured(group, "train_time_s") or (None,))[0]),
-                numbers([group, probes]),
+                show(measured(group, "val", "knn_accuracy")), show(measured(probes, "test", "knn_accuracy")),
+                show(measured(probes, "test", "accuracy")), str(len(group.done)),
+                duration((measured(group, "train_time_s") or (None,))[0]), numbers([group, probes]),
             ]
         )  # fmt: skip
-    head = ("data", "patch", "hidden", "epochs", "train MSE", "validation MSE", "k-NN, test", "linear, test", "seeds")
+    head = ("data", "patch", "hidden", "epochs", "train MSE", "validation MSE")
+    head += ("k-NN, validation", "k-NN, test", "linear, test", "seeds", "time a run", "runs")
     caption = (
         "Masked autoencoders: mean squared error over hidden pixels on the [-1, 1] scale, and what frozen features are"
         " good for. Errors at other patch sizes and mask ratios belong to other tasks and do not compare."
@@ -120,7 +122,7 @@ def autoencoders(material: Material) -> list[Table]:
             " Starred: trained on normalised pixels; the error then uses each hidden patch's true mean and deviation,"
             " and is not that of a whole prediction."
         )
-    return [Table(caption, (*head, "time a run", "runs"), rows, frozenset({0, 10}))] if rows else []
+    return [filled(Table(caption, head, rows, frozenset({0, 11})))] if rows else []
 
 
 def _probes(material: Material, group: Group) -> list[Run]:
@@ -151,7 +153,8 @@ def machines(done: Sequence[Run]) -> list[Table]:
         used.setdefault(tuple(str(run.env.get(f) or NONE) for f in fields), []).append(run.number)
     rows = [[*key, tuple(runs)] for key, runs in used.items()]
     head = (*("commit" if f == "git_commit" else f for f in fields), "runs")
-    return [Table("Hardware and versions, from each run's env.json.", head, rows, frozenset(range(8)))] if rows else []
+    caption = "Hardware and versions, from each run's env.json."
+    return [filled(Table(caption, head, rows, frozenset(range(8))))] if rows else []
 
 
 PANELS = {
