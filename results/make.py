@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from maelab.report import report
-from maelab.runs import is_complete, read_json
+from maelab.runs import PRETRAINED, is_complete, read_json
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "results"
@@ -52,6 +53,7 @@ ADAPTATIONS = {
 STRONG_MNIST = "--epochs 20 --affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
 STRONG_MNIST += " --random-erasing 0.2 --ema-decay 0.999"
 STRONG_CIFAR = "--epochs 30 --mixup 0.2 --cutmix 1 --ema-decay 0.999"
+SHIPPED = {"mae-cifar-long": "cifar10-mae"}  # a run -> NAME of maelab:NAME, where its weights are
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
@@ -79,7 +81,7 @@ def experiments() -> dict[str, dict[str, str]]:
         transfer[f"transfer-s{seed}"] = f"finetune cifar10 --init @mae-mnist-long --epochs 20 --seed {seed}"
         for name, flags in ADAPTATIONS.items():
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
-    mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60"}
+    mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60 --batch-size 128"}
     mnist |= {f"best-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 60"}
     cifar |= {"best-cifar-s0": f"finetune cifar10 --init @mae-cifar-long {STRONG_CIFAR}"}
@@ -112,17 +114,26 @@ def is_begun(folder: Path) -> bool:
     return bool(read_json(folder / "sweep.json").get("cells")) and not is_done(folder)
 
 
-def run(todo: dict[str, str], jobs: int) -> None:
+def restore(name: str) -> None:
+    """Put back what is kept of a run: a sweep half done, or a run whose weights come with maelab."""
+    if not (WORK / name).exists():
+        shutil.copytree(KEPT / name, WORK / name)
+        if name in SHIPPED:
+            shutil.copytree(PRETRAINED / SHIPPED[name], WORK / name / "checkpoints" / "best")
+
+
+def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
     """Do what is not done yet, `jobs` at a time; with several, each gets one thread. A sweep that was kept half done
-    goes on from there.
+    goes on from there, and what others begin from is not trained again where its weights come with maelab, unless it
+    is among those `asked` for.
 
     Raises:
         SystemExit: with the status of the first that fails, after those that still run have ended; 130 when
             interrupted, after those that run have saved themselves.
     """
     for name in todo:
-        if is_begun(KEPT / name) and not (WORK / name).exists():
-            shutil.copytree(KEPT / name, WORK / name)
+        if is_begun(KEPT / name) or (name in SHIPPED and name not in asked):
+            restore(name)
     waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
     running: dict[str, subprocess.Popen[bytes]] = {}
     status = 0
@@ -205,9 +216,10 @@ def main() -> None:
     table = {name: text for part in parts.values() for name, text in part.items()}
     if unknown := set(arguments.parts) - set(parts) - set(table):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    todo = needed([name for part in arguments.parts or parts for name in parts.get(part, [part])], table)
+    asked = [name for part in arguments.parts or parts for name in parts.get(part, [part])]
+    todo = needed(asked, table)
     try:
-        run(todo, arguments.jobs)
+        run(todo, asked, arguments.jobs)
     finally:
         keep(list(todo))
     shutil.rmtree(HERE / "figures", ignore_errors=True)

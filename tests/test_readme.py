@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import maelab
 from maelab import cli, recipes
@@ -121,5 +123,25 @@ def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make,
     assert kept == {"sweep/sweep.json"} | done
     shutil.rmtree(tmp_path / "work")
     monkeypatch.setattr(make.sys, "executable", "/bin/true")  # in place of maelab
-    make.run({"sweep": "sweep mnist"}, jobs=1)
+    make.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
     assert (cells / "patch_size=14" / "finetune" / "result.json").is_file()
+
+
+def test_a_run_whose_weights_are_shipped_is_begun_from_without_training_it(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "WORK", tmp_path)
+    monkeypatch.setattr(make.sys, "executable", "/bin/false")  # in place of maelab: whatever is started fails
+    todo = {"mae-cifar-long": "pretrain cifar10"}
+    make.run(todo, ["best-cifar-s0"], jobs=1)
+    model, _ = maelab.load_model(tmp_path / "mae-cifar-long")
+    shipped, _ = maelab.load_model("maelab:cifar10-mae")
+    for name, weights in shipped.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weights), name
+    shutil.rmtree(tmp_path / "mae-cifar-long")
+    with pytest.raises(SystemExit):
+        make.run(todo, ["mae-cifar-long"], jobs=1)
+
+
+def test_shipped_weights_are_those_of_the_kept_run(make):
+    for run, name in make.SHIPPED.items():
+        card = (maelab.runs.PRETRAINED / name / "README.md").read_text()
+        assert json.dumps(maelab.runs.read_json(make.KEPT / run / "config.json"), indent=1) in card
