@@ -127,7 +127,7 @@ def restore(name: str) -> None:
 def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
     """Do what is not done yet, `jobs` at a time; with several, each gets one thread. A sweep that was kept half done
     goes on from there, and what others begin from is not trained again where its weights come with maelab, unless it
-    is among those `asked` for.
+    is among those `asked` for. A sweep that reports cells which failed is done all the same.
 
     Raises:
         SystemExit: with the status of the first that fails, after those that still run have ended; 130 when
@@ -154,7 +154,7 @@ def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
             time.sleep(0.5)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    status = status or process.returncode
+                    status = status or (0 if is_done(WORK / name) else process.returncode)
                     del running[name]
     except KeyboardInterrupt:
         for process in running.values():

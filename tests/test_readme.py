@@ -127,6 +127,21 @@ def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make,
     assert (cells / "patch_size=14" / "finetune" / "result.json").is_file()
 
 
+def test_a_sweep_some_of_whose_cells_failed_is_done(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "WORK", tmp_path / "work")
+    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\n[ "$2" = "${2%sweep}" ] && exit 3\n'
+        'mkdir -p "$2" && echo \'{"complete": true}\' > "$2/sweep.json"\nexit 1\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(make.sys, "executable", str(stand_in))
+    make.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
+    with pytest.raises(SystemExit, match="3"):
+        make.run({"other": "pretrain mnist"}, ["other"], jobs=1)
+
+
 def test_a_run_whose_weights_are_shipped_is_begun_from_without_training_it(make, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "WORK", tmp_path)
     monkeypatch.setattr(make.sys, "executable", "/bin/false")  # in place of maelab: whatever is started fails
