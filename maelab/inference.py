@@ -199,10 +199,10 @@ def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.
     return pred * (patches.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt() + patches.mean(-1, keepdim=True)
 
 
-def caption(model: MaskedAutoencoderViT, mask_ratio: float, error: float, visible_mean: float | None = None) -> str:
-    """What to write over reconstructions: how much was hidden, the error, that of `visible_mean_mse`, and what
+def caption(model: MaskedAutoencoderViT, hidden: int, error: float, visible_mean: float | None = None) -> str:
+    """What to write over reconstructions: how many patches were hidden, the error, that of `visible_mean_mse`, and what
     `denormalise` took."""
-    text = f"{mask_ratio:.0%} hidden, masked MSE {error:.4f}"
+    text = f"{hidden} of {model.num_patches} patches hidden, masked MSE {error:.4f}"
     text += f", mean of the visible pixels {visible_mean:.4f}" if visible_mean is not None else ""
     return text + " (with the true mean and deviation of each patch)" * model.norm_pix_loss
 

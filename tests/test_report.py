@@ -198,6 +198,10 @@ def test_sweeps_show_both_rankings(tmp_path):
     assert "4 0.5 0.3000 0.9700 1 2" in text and "7 0.5 0.2000 0.9500 2 1" in text  # downstream, then by error
     assert "5 does not divide 28" in text and "belong to other tasks" in text
     assert "maelab sweep mnist --grid patch_size=4,7,5 --grid mask_ratio=0.5 --epochs 2" in text
+    run = folder / "patch_size=4,mask_ratio=0.5" / "pretrain"
+    result = json.loads((run / "result.json").read_text()) | {"patches": 49, "hidden": 25}
+    (run / "result.json").write_text(json.dumps(result))
+    assert "4 0.5 25 of 49 0.3000 0.9700 1 2" in page(folder, tmp_path / "page.html").text
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -151,10 +151,11 @@ def test_normalised_targets_say_what_their_pixel_error_used(cifar_folder, tmp_pa
     config = autoencoder_config(cifar_folder, patch_size=8, norm_pix_loss=True, epochs=1)
     run, result = pretrain.pretrain(config, options=options(tmp_path / "run"))
     assert result["masked_mse_uses"] == "true patch mean and deviation"
+    assert (result["hidden"], result["patches"]) == (12, 16)
     assert result["val"]["masked_mse"] < 0.5 * result["val"]["loss"]  # pixels against unit variance
     assert 0.5 < result["mean_predictor_loss"] <= 1.0
-    assert caption(model_of(run), 0.75, 0.5) == (
-        "75% hidden, masked MSE 0.5000 (with the true mean and deviation of each patch)"
+    assert caption(model_of(run), 12, 0.5) == (
+        "12 of 16 patches hidden, masked MSE 0.5000 (with the true mean and deviation of each patch)"
     )
 
 

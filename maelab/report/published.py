@@ -49,7 +49,8 @@ B_CAUTION = (
 B_CHOICE = (
     "Report B chose its best model by validation loss across patch sizes. Losses at other patch sizes and mask ratios"
     " belong to other tasks: larger patches hide larger areas, and a higher ratio hides more of each image. A choice"
-    " has to rest on what the encoder is good for, measured downstream."
+    " has to rest on what the encoder is good for, measured downstream. The number of visible patches is a whole one,"
+    " rounded down: where there are few patches, two ratios can be one and the same task."
 )
 
 # CIFAR-10 test accuracy: system, parameters, epochs (pretraining + fine-tuning), accuracy, source.

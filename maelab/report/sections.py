@@ -230,19 +230,29 @@ def sweeps(material: Material) -> Section | None:
         rows = []
         for i, cell in enumerate(cells):
             row: list[Any] = [str(cell["settings"].get(field, NONE)) for field in fields]
+            mine = (r for r in sweep.runs if r.task == "pretrain" and [str(r.config.get(f)) for f in fields] == row)
+            row.append(next(map(hidden_patches, mine), NONE))
             row += [NONE if (v := number(cell, j)) is None else f"{v:.4f}" for j in judged]
             row += [ranks.get(j, {}).get(i, NONE) for j in ("finetune_accuracy", "masked_mse")]
             rows.append([*row, str(cell.get("error", ""))])
         order = sorted(range(len(rows)), key=lambda i: ranks.get("finetune_accuracy", {}).get(i, "999").zfill(3))
-        head = [*(f.replace("_", " ") for f in fields), *judged.values(), "rank by fine-tuning", "rank by MSE", ""]
+        head = [*(f.replace("_", " ") for f in fields), "hidden", *judged.values()]
+        head += ["rank by fine-tuning", "rank by MSE", ""]
         failed = any("error" in cell for cell in cells)
         state = "" if sweep.content.get("complete", True) else " The sweep is unfinished."
         caption = f"Sweep {sweep.name}, both rankings: by fine-tuned accuracy, which chooses, and by masked MSE.{state}"
         keep = len(head) if failed else len(head) - 1
         shown = [rows[i][:keep] for i in order]
-        blocks.append(Table(caption, head[:keep], shown, frozenset({len(head) - 1} if failed else set()), line))
+        words = frozenset({len(head) - 1} if failed else set())
+        blocks.append(filled(Table(caption, head[:keep], shown, words, line)))
         blocks += _sweep_curves(material, sweep, fields)
     return Section("sweep", "Patch size, mask ratio: sweeps", [published.B_CHOICE], blocks) if blocks else None
+
+
+def hidden_patches(run: Run) -> str:
+    """How many patches of how many an autoencoder hides, where its result says so: a ratio keeps whole patches."""
+    hidden, patches = (number(run.result, key) for key in ("hidden", "patches"))
+    return NONE if hidden is None or patches is None else f"{hidden:.0f} of {patches:.0f}"
 
 
 def _sweep_curves(material: Material, sweep: Sweep, fields: Sequence[str]) -> list[Figure]:
@@ -287,12 +297,15 @@ def reconstructions(material: Material) -> Section | None:
     groups = [g for family in families(material.of("pretrain", sweeps=True), ("data",)) for g in family if g.done]
     for group in sorted(groups, key=lambda g: (g.config["patch_size"], g.config["mask_ratio"], g.config["epochs"])):
         run, c = group.done[0], group.config
-        alt = f"original, masked and rebuilt images, row by row: patch {c['patch_size']}, {c['mask_ratio']:.0%} hidden"
+        alt = (
+            f"original, masked and rebuilt images, row by row: patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}"
+        )
         if image := found(material, run, "reconstructions.png", alt):
             error = show(mean_sd([number(run.result, "val", "masked_mse")]))
+            count = "" if (hidden := hidden_patches(run)) == NONE else f" ({hidden} patches hidden)"
             caption = (
-                f"Run {run.number}: patch {c['patch_size']}, {c['mask_ratio']:.0%} hidden, {c['epochs']} epochs, seed"
-                f" {run.config['seed']}; masked MSE on all of validation {error}."
+                f"Run {run.number}: patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}{count}, {c['epochs']}"
+                f" epochs, seed {run.config['seed']}; masked MSE on all of validation {error}."
             )
             by_data.setdefault(run.data, []).append((replace(image, caption=caption), run))
     blocks: list[Table | Figure] = []

@@ -16,6 +16,7 @@ from maelab.inference import (
     check_masking,
     count_parameters,
     extract_features,
+    hidden_count,
     knn_accuracy,
     make_mask,
     masked_mse,
@@ -109,6 +110,7 @@ def pretrain(
     model = spec.build()
     assert isinstance(model, MaskedAutoencoderViT)
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
+    hidden = hidden_count("random", model.grid_size, config.mask_ratio)
     with (
         open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder,
         open_tracker(options.logger, folder, engine) as tracker,
@@ -117,7 +119,7 @@ def pretrain(
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
-            f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {config.mask_ratio:.0%} hidden;"
+            f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {hidden} of them hidden;"
             f" {count_parameters(model) / 1e6:.2f}M parameters; {hardware}; {folder}"
         )
 
@@ -163,6 +165,8 @@ def pretrain(
             "epochs": outcome.epochs,
             "patch_size": config.patch_size,
             "mask_ratio": config.mask_ratio,
+            "patches": num_patches,
+            "hidden": hidden,
             "params": count_parameters(model),
             "train": {"masked_mse": train_scores["masked_mse"], "loss": outcome.train["loss"]},
             "val": outcome.val,
@@ -176,7 +180,7 @@ def pretrain(
             shown = scale(some(val_set, PICTURED, config.split_seed).images[:])
             mask = make_mask("random", model.grid_size, len(shown), config.mask_ratio, config.seed)
             masked, rebuilt, error = reconstruct_images(model, shown, mask)
-            group = (caption(model, config.mask_ratio, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
+            group = (caption(model, hidden, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
             figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
             figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
             log_outcome(tracker, folder, result)

@@ -115,7 +115,7 @@ def reconstruct(
             found = {"masked_mse": error, "visible_mean_mse": mean, "hidden": int(mask[0].sum())}
             for name, value in found.items():
                 result[name][ratio] = value
-            yield caption(model, ratio, error, mean), x.cpu(), masked.cpu(), rebuilt.cpu()
+            yield caption(model, found["hidden"], error, mean), x.cpu(), masked.cpu(), rebuilt.cpu()
 
     if animated:
         figures.animation(out, groups())
