@@ -33,6 +33,7 @@ ROWS = {  # of the README's table: what it says, then which autoencoders and whi
     "MNIST, 10% of the labels, 30 epochs, from the autoencoder": ("bf16-s?-p", "mnist-share10-mae-s?"),
     "MNIST, 1% of the labels, 100 epochs, from scratch": ("", "mnist-share1-scratch-s?"),
     "MNIST, 1% of the labels, 100 epochs, from the autoencoder": ("bf16-s?-p", "mnist-share1-mae-s?"),
+    "MNIST, an autoencoder of 60 epochs, 2.9M parameters": ("mae-mnist-long", ""),
     "CIFAR-10, 10 epochs from scratch: recipe `cifar10`": ("", "augmented-scratch-s?"),
     "CIFAR-10, 10 epochs from an MNIST autoencoder": ("", "augmented-mnist-s?"),
     "CIFAR-10, 10 epochs from a CIFAR-10 autoencoder of 15": ("", "augmented-cifar-s?"),
@@ -54,7 +55,7 @@ ADAPTATIONS = {
 STRONG_MNIST = "--epochs 20 --affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
 STRONG_MNIST += " --random-erasing 0.2 --ema-decay 0.999"
 STRONG_CIFAR = "--epochs 30 --mixup 0.2 --cutmix 1 --ema-decay 0.999"
-SHIPPED = {"mae-cifar-long": "cifar10-mae"}  # a run -> NAME of maelab:NAME, where its weights are
+SHIPPED = {"mae-mnist-long": "mnist-mae", "mae-cifar-long": "cifar10-mae"}  # a run -> NAME of maelab:NAME, where its weights are
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
@@ -198,8 +199,8 @@ def table() -> str:
     for what, names in ROWS.items():
         pretrained, tuned = ([read_json(f / "result.json") for f in KEPT.glob(n)] if n else [] for n in names)
         figures = statistic(pretrained, "val", "masked_mse"), statistic(tuned, "val", "accuracy")
-        if tuned:
-            lines.append(f"| {what} | {len(tuned)} | {' | '.join(figures)} | {statistic(tuned, 'test', 'accuracy')} |")
+        if seeds := len(tuned or pretrained):
+            lines.append(f"| {what} | {seeds} | {' | '.join(figures)} | {statistic(tuned, 'test', 'accuracy')} |")
     return "\n".join(lines) + "\n"
 
 
