@@ -55,7 +55,7 @@ ADAPTATIONS = {
 STRONG_MNIST = "--epochs 20 --affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
 STRONG_MNIST += " --random-erasing 0.2 --ema-decay 0.999"
 STRONG_CIFAR = "--epochs 30 --mixup 0.2 --cutmix 1 --ema-decay 0.999"
-SHIPPED = {"mae-mnist-long": "mnist-mae", "mae-cifar-long": "cifar10-mae"}  # a run -> NAME of maelab:NAME, where its weights are
+SHIPPED = {"mae-mnist-long": "mnist-mae", "mae-cifar-long": "cifar10-mae"}  # run -> NAME of maelab:NAME
 START, END = "<!-- results/make.py writes this table -->\n", "<!-- end -->"
 
 
