@@ -91,7 +91,7 @@ def headline(material: Material) -> Section:
     caption = "Best classifier for each data set and start, chosen by mean validation accuracy."
     head = ("data", "start", "test accuracy", "validation", "seeds", "parameters", "epochs", "time a run", "runs")
     blocks: list[Table | Figure] = [Table(caption, head, rows, frozenset({0, 1, 8}))] if rows else []
-    return Section("results", "Results", text, [*blocks, *autoencoders(material), *transfer(best), *machines(done)])
+    return Section("results", "Results", text, [*blocks, *autoencoders(material), *transfer(best)])
 
 
 def autoencoders(material: Material) -> list[Table]:
@@ -104,14 +104,16 @@ def autoencoders(material: Material) -> list[Table]:
         probes = Group("", tuple(_probes(material, group)))
         rows.append(
             [
-                title(group.runs[0].data), str(c["patch_size"]), f"{c['mask_ratio']:g}", str(c["epochs"]),
-                show(measured(group, "train", "masked_mse")) + star, show(measured(group, "val", "masked_mse")) + star,
+                title(group.runs[0].data) + ", fp32" * (c["precision"] == "fp32"),
+                million(number(group.done[0].result, "params")), str(c["patch_size"]), f"{c['mask_ratio']:g}",
+                str(c["epochs"]), show(measured(group, "train", "masked_mse")) + star,
+                show(measured(group, "val", "masked_mse")) + star,
                 show(measured(group, "val", "knn_accuracy")), show(measured(probes, "test", "knn_accuracy")),
                 show(measured(probes, "test", "accuracy")), str(len(group.done)),
                 duration((measured(group, "train_time_s") or (None,))[0]), numbers([group, probes]),
             ]
         )  # fmt: skip
-    head = ("data", "patch", "hidden", "epochs", "train MSE", "validation MSE")
+    head = ("data", "parameters", "patch", "hidden", "epochs", "train MSE", "validation MSE")
     head += ("k-NN, validation", "k-NN, test", "linear, test", "seeds", "time a run", "runs")
     caption = (
         "Masked autoencoders: mean squared error over hidden pixels on the [-1, 1] scale, and what frozen features are"
@@ -122,7 +124,7 @@ def autoencoders(material: Material) -> list[Table]:
             " Starred: trained on normalised pixels; the error then uses each hidden patch's true mean and deviation,"
             " and is not that of a whole prediction."
         )
-    return [filled(Table(caption, head, rows, frozenset({0, 11})))] if rows else []
+    return [filled(Table(caption, head, rows, frozenset({0, 12})))] if rows else []
 
 
 def _probes(material: Material, group: Group) -> list[Run]:
@@ -147,12 +149,15 @@ def transfer(best: dict[tuple[str, str], Group]) -> list[Table]:
 
 
 def machines(done: Sequence[Run]) -> list[Table]:
-    fields = ("hardware", "cpu", "gpu", "torch", "python", "maelab", "git_commit")
-    used: dict[tuple[str, ...], list[int]] = {}
+    fields = ("hardware", "cpu", "gpu", "torch", "python", "maelab")
+    used: dict[tuple[str, ...], list[Run]] = {}
     for run in done:
-        used.setdefault(tuple(str(run.env.get(f) or NONE) for f in fields), []).append(run.number)
-    rows = [[*key, tuple(runs)] for key, runs in used.items()]
-    head = (*("commit" if f == "git_commit" else f for f in fields), "runs")
+        used.setdefault(tuple(str(run.env.get(f) or NONE) for f in fields), []).append(run)
+    rows = []
+    for key, runs in used.items():
+        commits = dict.fromkeys(str(run.env.get("git_commit") or NONE) for run in runs)
+        rows.append([*key, ", ".join(commits), tuple(run.number for run in runs)])
+    head = (*fields, "commits", "runs")
     caption = "Hardware and versions, from each run's env.json."
     return [filled(Table(caption, head, rows, frozenset(range(8))))] if rows else []
 
@@ -532,6 +537,7 @@ def listing(material: Material) -> Section:
         if rows:
             text = f"{caption} Accuracies, and for pretraining the masked MSE."
             blocks.append(Table(text, head, rows, frozenset({1, 2, 3, 4, 11})))
+    blocks += machines([run for run in material.runs if run.result])
     return Section("runs", "Runs, times and commands", [], blocks)
 
 
