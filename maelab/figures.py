@@ -306,8 +306,9 @@ def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields:
     for i, j in np.ndindex(*table.shape):
         missing = np.isnan(table[i, j])
         dark = not missing and float(image.norm(table[i, j])) < 0.6  # type: ignore[arg-type]
+        ink = plt.rcParams["text.color"] if missing else "white" if dark else "black"  # none: on bare paper
         text = "none" if missing else f"{table[i, j]:.4f}"
-        ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        ax.text(j, i, text, ha="center", va="center", fontsize=9, color=ink)
     ax.set_xticks(range(len(columns)), [str(c) for c in columns])
     ax.set_yticks(range(len(rows)), [str(r) for r in rows])
     ax.set(xlabel=fields[1].replace("_", " "), ylabel=fields[0].replace("_", " "), title=title.replace("_", " "))
