@@ -401,8 +401,14 @@ def controls(material: Material) -> Section | None:
                 " error is that of the difference of the two means over seeds."
             )
             blocks.append(Table(text, head, [pair[:7] for pair in pairs], frozenset({0, 1, 6})))
+    worth = [(what, row) for what, *row in every if row[7] == "init" and row[1].startswith("from scratch")]
+    if worth:
+        head = ("same budget and model", "start", "test accuracy", "from scratch", "points", "std. error", "reading")
+        text = "What pretraining is worth: each comparison with scratch that differs in nothing else, one a row."
+        rows = [[what, row[0], *row[2:7]] for what, row in sorted(worth, key=lambda pair: pair[0])]
+        blocks.insert(0, Table(text, head, rows, frozenset({0, 1, 6})))
     text = [
-        *_verdict(every),
+        *_verdict(worth),
         "Within each comparison data, epochs, batch size and model are the same; what differs is in the name."
         " A difference counts as clear where the 95 % interval of Welch's t excludes none; one seed supports no such"
         " statement.",
@@ -435,9 +441,8 @@ def _difference(a: Group, b: Group) -> list[Any] | None:
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
-def _verdict(pairs: Sequence[Sequence[Any]]) -> list[str]:
+def _verdict(rows: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
     """In words what the comparisons of pretrained with untrained encoders say, all together."""
-    rows = [(what, row) for what, *row in pairs if row[7] == "init" and row[1].startswith("from scratch")]
     judged = [(what, row) for what, row in rows if row[5] != NONE]
     if not judged:
         return ["Does pretraining help? No comparison with scratch has two seeds on both sides yet."] if rows else []
