@@ -165,6 +165,15 @@ def test_errors_of_normalised_pixels_are_starred(tmp_path):
     assert "0.0300*" in text and "0.1100*" not in text and "Starred: trained on normalised pixels" in text
 
 
+def test_report_b_meets_every_run_of_its_cell_at_the_nearest_length(tmp_path):
+    for name, epochs, warmup in (("a", 10, 1.0), ("b", 10, 0.1), ("c", 60, 1.0)):
+        fields = {"patch_size": 7, "mask_ratio": 0.5, "epochs": epochs, "warmup_epochs": warmup}
+        write(tmp_path / "all" / name, "pretrain", "mnist", 0.1, **fields)
+    rows = page(tmp_path / "all", tmp_path / "page.html").text.split("MNIST autoencoders: training loss")[1][:700]
+    assert "7 0.5 warmup epochs 1.0 0.6934 1.0000" in rows and "7 0.5 warmup epochs 0.1 0.6934 1.0000" in rows
+    assert rows.count("7 0.5 ") == 2  # not the one of 60 epochs
+
+
 def test_labels_curve_lists_each_share(tmp_path):
     for share in (0.01, 0.1, 1.0):
         for seed in (0, 1):
