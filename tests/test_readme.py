@@ -99,8 +99,8 @@ def make():
 
 
 def test_the_results_table_is_that_of_the_kept_runs(make):
-    assert make.with_table(README) == README, "run make results"
-    assert make.table().count("\n") > 2
+    assert make.with_tables(README) == README, "run make results"
+    assert make.tables().count("\n") > 2
 
 
 def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make, tmp_path, monkeypatch):
