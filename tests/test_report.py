@@ -134,7 +134,7 @@ def test_groups_are_named_by_what_differs(tmp_path):
     loaded, _, _ = load([tmp_path])
     named = [[group.name for group in family] for family in families(loaded)]
     assert named == [
-        ["from scratch", "from scratch, no augmentation", "from gone/x, adapt pos embed reinit"],
+        ["from scratch", "from scratch, no augmentation", "from gone/x, new position embedding"],
         ["from scratch"],  # with few labels: another budget
         ["from scratch"],
     ]  # fmt: skip

@@ -27,6 +27,7 @@ TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-
 ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
 BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
 AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
+ADAPTED = {"adapt_patch_embed": "patch embedding", "adapt_pos_embed": "position embedding"}
 GENERIC = {"pretrain", "finetune", "probe", "best", "last", "checkpoints"}  # folder names that many runs share
 
 
@@ -299,6 +300,8 @@ def phrase(name: str, value: Any) -> str:
     """A field of the config and its value, in words."""
     if name == "label_fraction":
         return f"{100 * value:.3g}% of the labels" if value < 1 else "all labels"
+    if name in ADAPTED:
+        return f"new {ADAPTED[name]}" if value == "reinit" else f"{ADAPTED[name]} {value}"
     words = name.replace("_", " ")
     return (
         ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
