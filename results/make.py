@@ -212,7 +212,7 @@ def keep(names: list[str]) -> None:
     """Copy what is small of the complete runs and cells: configs, metrics, results; of the first seed pictures too."""
     for name in names:
         source, target = WORK / name, KEPT / name
-        if is_done(source) or is_begun(source):
+        if is_done(source) or (is_begun(source) and not is_done(target)):  # half a sweep replaces no whole one
             shutil.rmtree(target, ignore_errors=True)
             for file in source.rglob("*"):
                 cell = source / file.relative_to(source).parts[0]

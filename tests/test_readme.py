@@ -121,6 +121,12 @@ def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make,
         f"sweep/patch_size=14/{task}/{file}.json" for task in ("pretrain", "finetune") for file in ("config", "result")
     }
     assert kept == {"sweep/sweep.json"} | done
+    whole = tmp_path / "kept" / "sweep" / "sweep.json"
+    half = whole.read_text()
+    whole.write_text('{"complete": true, "cells": []}')
+    make.keep(["sweep"])
+    assert make.read_json(whole)["complete"]  # half a sweep replaces no whole one
+    whole.write_text(half)
     shutil.rmtree(tmp_path / "work")
     monkeypatch.setattr(make.sys, "executable", "/bin/true")  # in place of maelab
     make.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)

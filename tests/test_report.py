@@ -102,9 +102,7 @@ def test_the_page_says_means_and_differences_and_stands_alone(runs, tmp_path):
     assert "0.1100 ± 0.0141" in text  # the autoencoders: 0.10, 0.12
     assert "from MNIST MAE from scratch 0.9920 ± 0.0010 0.9800 ± 0.0010 +1.20 0.08 better" in text
     assert "Clearly better: 1; clearly worse: 0" in text
-    assert (
-        "batch 256 from MNIST MAE 0.9920 ± 0.0010 0.9800 ± 0.0010 +1.20 0.08 better" in text
-    )  # what pretraining is worth
+    assert "batch 256 from MNIST MAE 0.9920 ± 0.0010 0.9800 ± 0.0010 +1.20 0.08 better" in text  # its worth
     assert "unfinished: 2 of 2 epochs" in text and "1 more unfinished" in text
     assert "k-NN accuracy, validation over the epochs" in (tmp_path / "page.html").read_text()
     assert "0.9927" in text and "6.679 days" in text and "claim without a log" in text  # the reports
