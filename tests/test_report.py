@@ -207,7 +207,8 @@ def test_sweeps_show_both_rankings(tmp_path):
     text = page(folder, tmp_path / "page.html").text
     assert "4 0.5 0.3000 0.9700 1 2" in text and "7 0.5 0.2000 0.9500 2 1" in text  # downstream, then by error
     assert "5 does not divide 28" in text and "belong to other tasks" in text
-    assert "maelab sweep mnist --grid patch_size=4,7,5 --grid mask_ratio=0.5 --epochs 2" in text
+    line = "maelab sweep mnist --grid patch_size=4,7,5 --grid mask_ratio=0.5 --epochs 2"
+    assert f"a sweep of 3 cells, run 1 {line}" in text  # among the commands that print shows too
     run = folder / "patch_size=4,mask_ratio=0.5" / "pretrain"
     result = json.loads((run / "result.json").read_text()) | {"patches": 49, "hidden": 25}
     (run / "result.json").write_text(json.dumps(result))

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from maelab.errors import RunError, UsageError
-from maelab.report.groups import command, load
+from maelab.report.groups import command, load, sweep_command
 from maelab.report.pieces import Better, Material
 from maelab.report.sections import sections
 from maelab.runs import write_atomically
@@ -63,7 +63,12 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         "numbers": lambda cell: isinstance(cell, tuple),
     }
     page = environment.get_template("page.html.j2").render(
-        sections=parts, runs=runs, commands={run.number: command(run) for run in runs}, problems=problems, names=names
+        sections=parts,
+        runs=runs,
+        commands={run.number: command(run) for run in runs},
+        sweeps=[(sweep, sweep_command(sweep)) for sweep in sweeps if sweep.runs],
+        problems=problems,
+        names=names,
     )
     write_atomically(out, page.encode())
     return {
