@@ -1,0 +1,175 @@
+"""What the page concludes: runs that differ in one thing, and what pretraining is worth at each share of the labels."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from maelab.report import published
+from maelab.report.figures import dots, fractions
+from maelab.report.groups import BUDGET, Group, aspects, families, mean_sd, measured, number, title
+from maelab.report.pieces import (
+    MINUS,
+    NONE,
+    Figure,
+    Material,
+    Section,
+    Table,
+    augmented,
+    describe,
+    draw,
+    figure,
+    numbers,
+    show,
+    slug,
+    validated,
+)
+
+
+def controls(material: Material) -> Section | None:
+    """Groups of one budget and model side by side, and what a single difference is worth."""
+    blocks: list[Table | Figure] = []
+    every: list[tuple[Any, ...]] = []
+    for family in families(material.of("finetune")):
+        groups = sorted((group for group in family if group.done), key=validated, reverse=True)
+        if len(groups) < 2:
+            continue
+        data, runs = groups[0].runs[0].data, [run for group in groups for run in group.done]
+        what = f"{title(data)}: {describe(groups[0].config)}"
+        rows = [
+            (g.name, [v for r in g.done if (v := number(r.result, "test", "accuracy")) is not None]) for g in groups
+        ]
+        alt = "; ".join(f"{name}: {show(mean_sd(values))}" for name, values in rows)
+        image = draw(material, slug("controls", data, runs[0].name), alt, dots, rows, "test accuracy")
+        caption = f"{what}. Ticks are seeds, the dot their mean, the bar one sample standard deviation either way."
+        blocks.append(figure(caption, [image], runs))
+        table = [
+            [g.name, show(measured(g, "test", "accuracy")), show(measured(g, "val", "accuracy")), str(len(g.done)),
+             numbers([g])]
+            for g in groups
+        ]  # fmt: skip
+        head = ("setting", "test accuracy", "validation", "seeds", "runs")
+        blocks.append(Table(what, head, table, frozenset({0, 4})))
+        pairs = [pair for a, b in itertools.permutations(groups, 2) if (pair := _difference(a, b))]
+        every += [(what, *pair) for pair in pairs]
+        if pairs:
+            head = ("setting", "control", "test accuracy", "control's", "points", "std. error", "reading")
+            text = (
+                f"{what}: settings that differ in one thing only. Points are hundredths of test accuracy; the standard"
+                " error is that of the difference of the two means over seeds."
+            )
+            blocks.append(Table(text, head, [pair[:7] for pair in pairs], frozenset({0, 1, 6})))
+    worth = [(what, row) for what, *row in every if row[7] == "init" and row[1].startswith("from scratch")]
+    if worth:
+        head = ("same budget and model", "start", "test accuracy", "from scratch", "points", "std. error", "reading")
+        text = "What pretraining is worth: each comparison with scratch that differs in nothing else, one a row."
+        rows = [[what, row[0], *row[2:7]] for what, row in sorted(worth, key=lambda pair: pair[0])]
+        blocks.insert(0, Table(text, head, rows, frozenset({0, 1, 6})))
+    text = [
+        *_verdict(worth),
+        "Within each comparison data, epochs, batch size and model are the same; what differs is in the name."
+        " A difference counts as clear where the 95 % interval of Welch's t excludes none; one seed supports no such"
+        " statement.",
+    ]
+    return Section("controls", "Controls: what makes the difference", text, blocks) if blocks else None
+
+
+def _difference(a: Group, b: Group) -> list[Any] | None:
+    """A row on what a gains over its control b, which starts from scratch, without augmentation, or as the recipe."""
+    left, right = aspects(a.runs[0]), aspects(b.runs[0])
+    differing = [key for key in left if left[key] != right.get(key)]
+    if len(differing) != 1:
+        return None
+    plainness = [(g.config["init"] == "none", not augmented(g.config), -len(g.name), g.name) for g in (a, b)]
+    x, y = measured(a, "test", "accuracy"), measured(b, "test", "accuracy")
+    if plainness[0] > plainness[1] or x is None or y is None:
+        return None
+    points = 100 * (x[0] - y[0])
+    error, reading = NONE, "one seed: no statement"
+    if x[1] is not None and y[1] is not None:
+        of_x, of_y = x[1] ** 2 / x[2], y[1] ** 2 / y[2]
+        spread = 100 * math.sqrt(of_x + of_y)
+        freedom = (of_x + of_y) ** 2 / (of_x**2 / (x[2] - 1) + of_y**2 / (y[2] - 1)) if spread else 1
+        clear = abs(points) > T_95[min(int(freedom), len(T_95)) - 1] * spread
+        error, reading = f"{spread:.2f}", ("better" if points > 0 else "worse") if clear else "no clear difference"
+    return [a.name, b.name, show(x), show(y), f"{points:+.2f}".replace("-", MINUS), error, reading, differing[0]]
+
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; Welch's test rounds them down.
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def _verdict(rows: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
+    """In words what the comparisons of pretrained with untrained encoders say, all together."""
+    judged = [(what, row) for what, row in rows if row[5] != NONE]
+    if not judged:
+        return ["Does pretraining help? No comparison with scratch has two seeds on both sides yet."] if rows else []
+    counts = Counter(row[6] for _, row in judged)
+    text = (
+        f"Does pretraining help? Comparisons with scratch that differ in nothing else: {len(judged)}. Clearly better:"
+        f" {counts['better']}; clearly worse: {counts['worse']}; no clear difference: {counts['no clear difference']}."
+    )
+    for word, choose in (("gain", max), ("loss", min)):
+        clear = [(what, row) for what, row in judged if row[6] == ("better" if word == "gain" else "worse")]
+        if clear:
+            what, row = choose(clear, key=lambda pair: float(pair[1][4].replace(MINUS, "-")))
+            text += f" The largest {word}: {row[4]} points, {row[0]}, on {what} ({row[2]} against {row[3]})."
+    return [text]
+
+
+def label_fractions(material: Material) -> Section | None:
+    """Accuracy over the share of the labels, one line for each start."""
+    blocks: list[Table | Figure] = []
+    loose = tuple(field for field in BUDGET if field not in PACE)
+    for family in families(material.of("finetune"), loose):
+        lines: dict[str, dict[float, list[float]]] = {}
+        members: dict[str, list[Group]] = {}
+        for group in sorted(family, key=lambda g: g.config["epochs"]):  # of two lengths at one share, the shorter
+            same = next((n for n, others in members.items() if _rest(others[0]) == _rest(group)), None)
+            values = [v for r in group.done if (v := number(r.result, "test", "accuracy")) is not None]
+            share = group.config["label_fraction"]
+            if values and share not in lines.get(same or "", {}):
+                line = same or _without_share(group.name)
+                line = line if same or line not in members else group.name
+                members.setdefault(line, []).append(group)
+                lines.setdefault(line, {})[share] = values
+        lines = {name: points for name, points in lines.items() if len(points) > 1}
+        if not lines:
+            continue
+        runs = [run for name in lines for group in members[name] for run in group.done]
+        data = runs[0].data
+        epochs = sorted({(run.config["label_fraction"], run.config["epochs"]) for run in runs})
+        paces = ", ".join(f"{share:.3g}: {count}" for share, count in epochs)
+        shown = dict(lines)
+        if data == "cifar10":
+            shown["SSMAE, published (arXiv 2601.20072)"] = {k: [v] for k, v in published.CIFAR10_LABELS.items()}
+        name = slug("labels", data, runs[0].name)
+        alt = "; ".join(
+            f"{n}: " + ", ".join(f"{s:g} {show(mean_sd(v))}" for s, v in p.items()) for n, p in shown.items()
+        )
+        image = draw(material, name, alt, fractions, shown, "test accuracy")
+        caption = (
+            f"{title(data)}: test accuracy over the share of the training labels, on a logarithmic axis; bars are one"
+            f" sample standard deviation over seeds. Epochs at each share: {paces}."
+        )
+        blocks.append(figure(caption, [image], runs))
+        shares = sorted({share for points in lines.values() for share in points})
+        rows = [[n, *(show(mean_sd(points.get(share, []))) for share in shares)] for n, points in lines.items()]
+        head = ("start", *(f"{share:.3g}" for share in shares))
+        blocks.append(Table(f"{title(data)}: test accuracy by share of the labels.", head, rows))
+    return Section("labels", "Few labels", [], blocks) if blocks else None
+
+
+PACE = ("label_fraction", "epochs", "batch_size", "warmup_epochs")  # what may change along a line of shares
+
+
+def _rest(group: Group) -> dict[str, Any]:
+    return {k: v for k, v in aspects(group.runs[0]).items() if k not in PACE}
+
+
+def _without_share(name: str) -> str:
+    """A group's name without what changes along a line of shares."""
+    changing = tuple(field.replace("_", " ") for field in PACE)
+    kept = [p for p in name.split(", ") if not p.endswith("of the labels") and p != "all labels"]
+    return ", ".join(p for p in kept if not p.startswith(changing))
