@@ -100,6 +100,15 @@ def test_the_card_of_a_classifier(tmp_path):
     assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --seed 3`" in card
 
 
+def test_the_card_names_the_run_begun_from_not_where_it_lay(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    run = Path(shutil.copytree(tiny[0], tmp_path / "run"))
+    config = runs.read_json(run / "config.json") | {"init": str(tmp_path / "somewhere" / "mae-long")}
+    runs.write_json(run / "config.json", config)
+    card = (ship(run, "begun") / "README.md").read_text()
+    assert '"init": "mae-long"' in card and "somewhere" not in card
+
+
 def test_large_weights_are_rounded_to_float16(tiny, tmp_path, monkeypatch):
     whole = (tiny[0] / "checkpoints" / "best" / "model.safetensors").stat().st_size
     monkeypatch.setattr(pretrained, "LARGEST", whole - 1)

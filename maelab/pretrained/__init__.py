@@ -43,6 +43,8 @@ def ship(run: str | Path, name: str, root: Path | None = None) -> Path:
         raise UsageError(f"{folder} exists; choose another name, or remove it first")
     if config.get("task") not in ("pretrain", "finetune") or not result:
         raise UsageError(f"{run} is not the folder of a finished pretraining or fine-tuning")
+    if Path(config.get("init", "none")).is_absolute():
+        config |= {"init": Path(config["init"]).name}  # where it lay says nothing elsewhere
     best, checkpoint = runs.find_checkpoint(run), runs.read_checkpoint(run)
     weights = (best / "model.safetensors").read_bytes()
     if halved := len(weights) > LARGEST:
