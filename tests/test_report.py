@@ -146,6 +146,17 @@ def test_few_labels_are_a_budget_that_is_named(tmp_path):
     assert "1% of the labels. Ticks are seeds" in text
 
 
+def test_two_seeds_a_side_count_by_their_own_degrees_of_freedom(tmp_path):
+    for epochs, scratch, begun in ((1, (0.7551, 0.7478), (0.7811, 0.7896)), (2, (0.8192, 0.8193), (0.8364, 0.8394))):
+        for seed in (0, 1):
+            folder = tmp_path / "all" / f"{epochs}-{seed}"
+            write(folder / "n", "finetune", "cifar10", scratch[seed], seed=seed, epochs=epochs)
+            write(folder / "f", "finetune", "cifar10", begun[seed], seed=seed, epochs=epochs, init="elsewhere/mae")
+    text = page(tmp_path / "all", tmp_path / "page.html").text
+    assert "+3.39 0.56 better" in text  # Welch: t = 6.05, 1.96 degrees of freedom, p = 0.028
+    assert re.search(r"\+1.8[67] 0.15 no clear difference", text)  # t = 12.4, 1.00 degrees: p = 0.051
+
+
 def test_precision_is_what_was_taken_not_what_was_asked_for(tmp_path):
     write(tmp_path / "a", "finetune", "mnist", 0.9)
     write(tmp_path / "b", "finetune", "mnist", 0.9, precision="bf16", init="gone/x")
