@@ -109,7 +109,7 @@ def experiments() -> dict[str, dict[str, str]]:
             init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
             for name, flags in SHARES.items():
                 labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
-            for name, flags in AUGMENTATIONS.items() if seed in LONG_SEEDS else ():
+            for name, flags in AUGMENTATIONS.items():
                 controls[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
         for origin, init in {"scratch": "", "mae": f" --init @bf16-s{seed}-p"}.items():
             for name, flags in SHARES.items():
