@@ -157,6 +157,14 @@ def test_two_seeds_a_side_count_by_their_own_degrees_of_freedom(tmp_path):
     assert re.search(r"\+1.8[67] 0.15 no clear difference", text)  # t = 12.4, 1.00 degrees: p = 0.051
 
 
+def test_a_ninth_line_is_not_drawn_alone(tmp_path):
+    for cut in range(9):
+        write(tmp_path / "all" / f"r{cut}", "finetune", "mnist", 0.9, label_smoothing=cut / 20)
+    page(tmp_path / "all", tmp_path / "page.html")
+    alts = re.findall(r'alt="accuracy, validation over the epochs: ([^"]*)"', (tmp_path / "page.html").read_text())
+    assert [alt.count(";") + 1 for alt in alts] == [5, 4]
+
+
 def test_precision_is_what_was_taken_not_what_was_asked_for(tmp_path):
     write(tmp_path / "a", "finetune", "mnist", 0.9)
     write(tmp_path / "b", "finetune", "mnist", 0.9, precision="bf16", init="gone/x")

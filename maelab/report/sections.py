@@ -1,6 +1,7 @@
 """What the page says: sections of paragraphs, tables and figures, each only where the runs have something to say."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -177,7 +178,9 @@ def curves(material: Material) -> Section | None:
     blocks: list[Table | Figure] = []
     for task, panels in PANELS.items():
         for family in families(material.of(task), ("data",) if task == "pretrain" else BUDGET):
-            for groups in (family[i : i + len(COLOURS)] for i in range(0, len(family), len(COLOURS))):
+            charts = math.ceil(len(family) / len(COLOURS))
+            lines = math.ceil(len(family) / charts)  # evenly: a ninth is not left alone
+            for groups in (family[i : i + lines] for i in range(0, len(family), lines)):
                 runs = [run for group in groups for run in group.runs]
                 images = []
                 for split, quantity, label in panels:
