@@ -59,6 +59,7 @@ ROWS = {  # of the README's table of runs: what it says, then which autoencoders
     "the same in float32": ("fp32-s?-p", "fp32-s?-f"),
     "MNIST, an autoencoder of 60 epochs, 2.9M parameters": ("mae-mnist-long", ""),
     "MNIST, 20 epochs from that, strong augmentation": ("", "best-mnist-s?"),
+    "the same with patches of 2, 0.7M parameters": ("mae-mnist-2", "best-mnist-2-s?"),
     "CIFAR-10, 10 epochs from an MNIST autoencoder": ("mae-mnist-s?", "augmented-mnist-s?"),
     "the same with new position embeddings": ("", "new-positions-s?"),
     "with a new patch embedding": ("", "new-patches-s?"),
@@ -122,6 +123,8 @@ def experiments() -> dict[str, dict[str, str]]:
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60 --batch-size 128"}
     mnist |= {f"best-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
+    mnist["mae-mnist-2"] = "pretrain mnist --patch-size 2 --mask-ratio 0.7 --epochs 10"  # the sweep's best
+    mnist |= {f"best-mnist-2-s{s}": f"finetune mnist --init @mae-mnist-2 {STRONG_MNIST} --seed {s}" for s in SEEDS}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 60"}
     cifar |= {
         f"{name}-cifar-s0": f"finetune cifar10 --init @mae-cifar-long --epochs {epochs} {STRONG_CIFAR}"
