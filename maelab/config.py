@@ -161,6 +161,8 @@ class Augment(_Config):
     """shear by up to so many degrees"""
     affine_translate: float = 0.0
     """shift by up to this share of the width and height"""
+    elastic: float = 0.0
+    """elastic distortion: standard deviation of how far pixels move, as a share of the width and height"""
     color_jitter: float = 0.0
     """vary brightness, contrast and saturation by up to this share"""
     rand_augment_ops: int = 0
@@ -173,7 +175,7 @@ class Augment(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "crop_padding", "affine_degrees", "affine_scale", "affine_shear", "affine_translate")
-        _at_least(self, 0, "color_jitter", "rand_augment_ops", "rand_augment_magnitude")
+        _at_least(self, 0, "elastic", "color_jitter", "rand_augment_ops", "rand_augment_magnitude")
         _share(self, "crop_scale", "random_erasing")
         _require(self.crop_scale > 0, "--crop-scale must be above 0")
         _require(

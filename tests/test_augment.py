@@ -18,6 +18,7 @@ EVERYTHING = Augment(
     affine_scale=0.2,
     affine_shear=10,
     affine_translate=0.1,
+    elastic=0.04,
     color_jitter=0.4,
     rand_augment_ops=3,
     random_erasing=0.5,
@@ -174,6 +175,25 @@ def test_random_affine_keeps_within_its_limits():
     moved = augment(images, index, Augment(affine_translate=0.1), step_generator(0, 0)).flatten(1).argmax(1)
     offset = torch.stack([moved // 41, moved % 41]) - 20
     assert offset.min() == -4 and offset.max() == 4
+
+
+def test_elastic_distortion_moves_neighbours_together_by_its_share():
+    # Ramps show how far each pixel was read from its place: to the right, and (transposed) down.
+    ramp = (torch.arange(28, dtype=torch.uint8) * 9).expand(1, 1, 28, 28).contiguous()
+    index = torch.zeros(3000, dtype=torch.int64)
+    for images in (ramp, ramp.transpose(2, 3).contiguous()):
+        varied = unscale(augment(images, index, Augment(elastic=0.04), step_generator(0, 0)))
+        moved = ((varied - images.float()) / 9)[:, 0, 8:20, 8:20]  # (3000, 12, 12), pixels; from here none leaves
+        assert moved.std(0).min() > 0.04 * 28 * 0.93 and moved.std(0).max() < 0.04 * 28 * 1.07
+        assert moved.mean(0).abs().max() < 0.1
+        # White noise smoothed by a Gaussian of sigma 4 has the correlation exp(-(d / 2 sigma)^2) at distance d.
+        for d in (2, 4, 8):
+            for other in (moved[:, 2, 2 + d], moved[:, 2 + d, 2]):
+                correlation = torch.corrcoef(torch.stack([moved[:, 2, 2], other]))[0, 1]
+                assert abs(correlation - np.exp(-((d / 8) ** 2))) < 0.06
+    displaced = module._displacement(torch.randn(3000, 2, 14, 14), 28, 12, 0.04)  # the edges move as far
+    assert displaced.shape == (3000, 28, 12, 2)
+    assert displaced.std(0).min() > 0.075 and displaced.std(0).max() < 0.085
 
 
 def test_random_erasing_greys_one_rectangle_with_its_probability():

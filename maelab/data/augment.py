@@ -53,8 +53,11 @@ def augment(
         x = _shifted_crop(x, cfg.crop_padding, part(offset))
     if cfg.flip:
         x = torch.where(part(draw(1) < 0.5)[..., None, None], x.flip(-1), x)
-    if cfg.crop_scale < 1 or cfg.affine_degrees or cfg.affine_scale or cfg.affine_shear or cfg.affine_translate:
-        x = _warp(x, part(_crop_and_affine(draw, H, W, cfg)))
+    affine = cfg.crop_scale < 1 or cfg.affine_degrees or cfg.affine_scale or cfg.affine_shear or cfg.affine_translate
+    if affine or cfg.elastic:
+        matrix = part(_crop_and_affine(draw, H, W, cfg))
+        nodes = torch.randn(B if cfg.elastic else 0, 2, _NODES, _NODES, generator=generator, device=generator.device)
+        x = _warp(x, matrix, _displacement(part(nodes), H, W, cfg.elastic) if cfg.elastic else None)
     if cfg.color_jitter:
         factors = part((1 + cfg.color_jitter * (2 * draw(3) - 1)).clamp(min=0))  # (b, 3)
         x = color(contrast(brightness(x, factors[:, 0]), factors[:, 1]), factors[:, 2])
@@ -159,15 +162,42 @@ def _crop_and_affine(draw: Callable[[int], torch.Tensor], H: int, W: int, cfg: A
     return torch.cat([matrix * zoom[:, None, :], shift[..., None]], dim=-1)
 
 
-def _warp(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+_NODES = 14  # a side; what has been smoothed over two of their distances needs no more
+
+
+def _displacement(nodes: torch.Tensor, H: int, W: int, amount: float) -> torch.Tensor:
+    """Elastic distortion (Simard et al. 2003, "Best practices for convolutional neural networks applied to visual
+    document analysis", section 2): random fields, smoothed by a Gaussian whose sigma is a seventh of the side.
+
+    Args:
+        nodes: (b, 2, _NODES, _NODES), normal; x and y.
+        H, W: of the images.
+        amount: standard deviation of the result at every pixel, as a share of W and H.
+
+    Returns:
+        (b, H, W, 2): x and y in `grid_sample`'s units, in which a side is 2.
+    """
+
+    def smoother(side: int) -> torch.Tensor:  # (side, _NODES); rows of norm 1 keep the variance, at the edges too
+        pixels = (torch.arange(side, device=nodes.device) + 0.5) / side
+        centres = (torch.arange(_NODES, device=nodes.device) + 0.5) / _NODES
+        return F.normalize(torch.exp(-0.5 * (7 * (pixels[:, None] - centres)) ** 2), dim=1)
+
+    return (2 * amount * (smoother(H) @ nodes @ smoother(W).T)).permute(0, 2, 3, 1)
+
+
+def _warp(x: torch.Tensor, matrix: torch.Tensor, displacement: torch.Tensor | None = None) -> torch.Tensor:
     """Resample bilinearly, uint8 (b, C, H, W). `matrix` (b, 2, 3) takes a pixel of the result, (x, y, 1) in pixels
-    from the centre, to where in `x` to read it. Reads beyond the outer edges give black, as in Pillow."""
+    from the centre, to where in `x` to read it, and `displacement` (b, H, W, 2) goes on from there. Reads beyond the
+    outer edges give black, as in Pillow."""
     H, W = x.shape[-2:]
     column = torch.arange(W, device=x.device) - (W - 1) / 2
     row = torch.arange(H, device=x.device) - (H - 1) / 2
     # In grid_sample's units, the half sides; (b, 1, 1, 2, 3). A tensor made of (W, H) here would wait for a GPU.
     m = torch.stack([matrix[:, 0] * (2 / W), matrix[:, 1] * (2 / H)], dim=1)[:, None, None]
     grid = m[..., 0] * column[:, None] + (m[..., 1] * row[:, None, None] + m[..., 2])  # (b, H, W, 2)
+    if displacement is not None:
+        grid = grid + displacement
     read = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1).all(-1)[:, None]
     return (read.round_() * inside).to(torch.uint8)
