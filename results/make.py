@@ -34,8 +34,8 @@ BESIDE = {  # what others have published (sources: maelab/report/published.py) -
     ),
     "CIFAR-10 from an MNIST autoencoder, test": (
         "0.7512 after 20 epochs; 0.829 claimed of validation after 10",
-        ("augmented-mnist-s?", "test", "accuracy"),
-        "after 10",
+        ("transfer-s?", "test", "accuracy"),
+        "after 20, 29 min of one core; with 10 epochs 0.834",
     ),
     "MNIST, test": ("0.9927 after 20 epochs", ("bf16-s?-f", "test", "accuracy"), "after 6"),
     "masked MSE of an MNIST autoencoder, patches of 4, 75% hidden, training": (
@@ -58,8 +58,8 @@ ROWS = {  # of the README's table of runs: what it says, then which autoencoders
     "MNIST, 6 epochs + 6, bfloat16: recipe `mnist` as it comes": ("bf16-s?-p", "bf16-s?-f"),
     "the same in float32": ("fp32-s?-p", "fp32-s?-f"),
     "MNIST, an autoencoder of 60 epochs, 2.9M parameters": ("mae-mnist-long", ""),
-    "MNIST, 20 epochs from that, strong affine and elastic distortion": ("", "elastic-mnist-s?"),
-    "the same with random erasing instead of the elastic distortion": ("", "erased-mnist-s?"),
+    "MNIST, 20 epochs from that, strong affine distortion, random erasing": ("", "best-mnist-s?"),
+    "the same with elastic distortion instead of erasing": ("", "elastic-mnist-s?"),
     "CIFAR-10, 10 epochs from an MNIST autoencoder": ("mae-mnist-s?", "augmented-mnist-s?"),
     "the same with new position embeddings": ("", "new-positions-s?"),
     "with a new patch embedding": ("", "new-patches-s?"),
@@ -89,8 +89,7 @@ ADAPTATIONS = {
     "new-positions": " --adapt-pos-embed reinit",
     "new-both": " --adapt-patch-embed reinit --adapt-pos-embed reinit",
 }
-AFFINE = "--affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
-STRONG_MNIST = f"--epochs 20 {AFFINE} --elastic 0.04 --ema-decay 0.999"
+STRONG_MNIST = "--affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10 --ema-decay 0.999"
 STRONG_CIFAR = "--mixup 0.2 --cutmix 1 --ema-decay 0.999"
 SHIPPED = {"mae-mnist-long": "mnist-mae", "mae-cifar-long": "cifar10-mae"}  # run -> NAME of maelab:NAME
 START, END = "<!-- results/make.py writes these tables -->\n", "<!-- end -->"
@@ -122,8 +121,9 @@ def experiments() -> dict[str, dict[str, str]]:
         for name, flags in ADAPTATIONS.items():
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60 --batch-size 128"}
-    mnist |= {f"elastic-mnist-s{s}": f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --seed {s}" for s in SEEDS}
-    mnist["erased-mnist-s0"] = f"finetune mnist --init @mae-mnist-long {STRONG_MNIST} --elastic 0 --random-erasing 0.2"
+    strong = f"finetune mnist --init @mae-mnist-long --epochs 20 {STRONG_MNIST}"
+    mnist |= {f"best-mnist-s{seed}": f"{strong} --random-erasing 0.2 --seed {seed}" for seed in SEEDS}
+    mnist["elastic-mnist-s0"] = f"{strong} --elastic 0.04"
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 60"}
     cifar |= {
         f"{name}-cifar-s0": f"finetune cifar10 --init @mae-cifar-long --epochs {epochs} {STRONG_CIFAR}"
