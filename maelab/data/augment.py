@@ -56,8 +56,11 @@ def augment(
     affine = cfg.crop_scale < 1 or cfg.affine_degrees or cfg.affine_scale or cfg.affine_shear or cfg.affine_translate
     if affine or cfg.elastic:
         matrix = part(_crop_and_affine(draw, H, W, cfg))
-        nodes = torch.randn(B if cfg.elastic else 0, 2, _NODES, _NODES, generator=generator, device=generator.device)
-        x = _warp(x, matrix, _displacement(part(nodes), H, W, cfg.elastic) if cfg.elastic else None)
+        displacement = None
+        if cfg.elastic:
+            nodes = torch.randn(B, 2, _NODES, _NODES, generator=generator, device=generator.device)
+            displacement = _displacement(part(nodes), H, W, cfg.elastic)
+        x = _warp(x, matrix, displacement)
     if cfg.color_jitter:
         factors = part((1 + cfg.color_jitter * (2 * draw(3) - 1)).clamp(min=0))  # (b, 3)
         x = color(contrast(brightness(x, factors[:, 0]), factors[:, 1]), factors[:, 2])
