@@ -238,6 +238,8 @@ class FinetuneConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
     """multiply the learning rate by this for each layer below the head"""
     drop_path: float = 0.0
     """stochastic depth: rate of the last block"""
+    patch_drop: float = 0.0
+    """leave this share of the patches out of each training step (arXiv 2208.07220); 0 shows them all"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes"""
     mixup: float = 0.0
@@ -253,6 +255,7 @@ class FinetuneConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
         _require(self.label_fraction > 0, "--label-fraction must be above 0")
         _require(self.layer_decay > 0, "--layer-decay must be above 0")
         _require(0 <= self.drop_path < 1, f"--drop-path must lie in [0, 1), got {self.drop_path}")
+        _require(0 <= self.patch_drop < 1, f"--patch-drop must lie in [0, 1), got {self.patch_drop}")
         _at_least(self, 0, "mixup", "cutmix", "patience")
         _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
 

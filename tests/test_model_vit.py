@@ -186,6 +186,30 @@ def test_a_dropped_block_leaves_tokens_alone():
     assert 0.1 < same < 0.4  # both branches dropped: 0.5 ** 2
 
 
+# Patch drop
+
+
+def test_patch_drop_leaves_patches_out_of_training_alone():
+    model, imgs = small(patch_drop_rate=0.3), images(8, 3, 16, 16)
+    plain = small()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(imgs), plain(imgs))
+    imgs.requires_grad_()
+    (grad,) = torch.autograd.grad(model.train()(imgs).sum(), imgs)
+    seen = patchify(grad, 4).abs().sum(dim=-1) > 0  # (8, 16)
+    assert seen.sum(dim=1).tolist() == [int(16 * 0.7)] * 8
+    assert len({tuple(row) for row in seen.tolist()}) == 8  # others for each image
+
+
+def test_patch_drop_keeps_places_and_the_class_token():
+    model, imgs = small(depth=0, patch_drop_rate=0.99), images(4, 3, 16, 16)
+    whole, kept = model.eval().forward_features(imgs), model.train().forward_features(imgs)
+    assert kept.shape == (4, 2, 32)  # one patch stays, however few are asked for
+    assert torch.equal(kept[:, 0], whole[:, 0])
+    same = (kept[:, 1:] - whole[:, 1:]).abs().amax(dim=-1) < 1e-6  # (4, 16): which of all tokens it is
+    assert same.sum(dim=1).tolist() == [1] * 4
+
+
 # Training
 
 

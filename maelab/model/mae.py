@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from maelab.model.vit import LAYER_NORM_EPS, Block, VisionTransformer
+from maelab.model.vit import LAYER_NORM_EPS, Block, VisionTransformer, take_tokens
 
 NORM_PIX_EPS = 1e-6
 
@@ -14,11 +14,6 @@ def unpatchify(x: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch
     rows, columns = grid
     x = x.reshape(B, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
     return x.reshape(B, -1, rows * p, columns * p)
-
-
-def take_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, L, D) at places `ids` (B, K) -> (B, K, D)."""
-    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def random_masking(
@@ -111,13 +106,6 @@ class MaskedAutoencoderViT(VisionTransformer):
         if len_keep < 1:
             raise ValueError(f"a mask ratio of {mask_ratio} leaves none of the {L} patches visible")
         return torch.argsort(noise, dim=1, stable=True), len_keep
-
-    def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """All patches (B, L, p * p * C) and the places to show (B, len_keep) -> latent (B, prefix + len_keep, D)."""
-        x = self.embed(take_tokens(patches, ids_keep), ids_keep)  # hidden patches are never embedded
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
 
     def forward_encoder(
         self,

@@ -27,6 +27,11 @@ def patchify(imgs: torch.Tensor, patch_size: int) -> torch.Tensor:
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
+def take_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, L, D) at places `ids` (B, K) -> (B, K, D)."""
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def dot_product_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Literal["auto", "matmul", "fused"] = "auto"
 ) -> torch.Tensor:
@@ -144,6 +149,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         qkv_bias: learn a bias for queries, keys and values.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
+        patch_drop_rate: share of the patches that training leaves out, drawn for each image anew, as in masked
+            pretraining; int(L * (1 - rate)) stay, one at least (Liu et al. 2022, arXiv 2208.07220).
         global_pool: 'token' classifies from the class token after `norm`; 'avg' from the mean of the patch tokens,
             normalised by `fc_norm`.
         class_token: have a class token; needed by global_pool='token'.
@@ -166,6 +173,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
         global_pool: Literal["token", "avg"] = "token",
         class_token: bool = True,
         learned_pos_embed: bool = False,
@@ -178,6 +186,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+        if not 0 <= patch_drop_rate < 1:
+            raise ValueError(f"patch_drop_rate must lie in [0, 1), got {patch_drop_rate}")
         if global_pool == "token" and num_classes and not class_token:
             raise ValueError("global_pool='token' needs class_token=True")
         self.img_size = (height, width)
@@ -190,6 +200,7 @@ class VisionTransformer(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_prefix_tokens = int(class_token)
         self.learned_pos_embed = learned_pos_embed
+        self.patch_drop_rate = patch_drop_rate
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -255,13 +266,24 @@ class VisionTransformer(nn.Module):
             x = torch.cat([cls_token.to(x.dtype), x], dim=1)
         return x
 
-    def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> tokens (B, prefix + L, D), unmasked; after `norm` unless it is replaced
-        by `fc_norm`."""
-        x = self.embed(self.to_patches(imgs))
+    def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
+        """All patches (B, L, p * p * C), and the places to show (B, len_keep), None being all
+        -> tokens (B, prefix + len_keep, D)."""
+        # Hidden patches are never embedded.
+        x = self.embed(patches if ids_keep is None else take_tokens(patches, ids_keep), ids_keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> tokens (B, prefix + L, D), unmasked but for `patch_drop_rate` in training;
+        after `norm` unless it is replaced by `fc_norm`."""
+        ids_keep = None
+        if self.training and self.patch_drop_rate:
+            noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
+            len_keep = max(1, int(self.num_patches * (1 - self.patch_drop_rate)))
+            ids_keep = noise.argsort(dim=1)[:, :len_keep]
+        return self.encode(self.to_patches(imgs), ids_keep)
 
     def pool(self, tokens: torch.Tensor, kind: Literal["token", "avg"] | None = None) -> torch.Tensor:
         """Tokens (B, prefix + L, D) -> (B, D): the class token, or the mean of the patch tokens."""

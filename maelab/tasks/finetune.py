@@ -58,7 +58,7 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
         )
     arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}
     arguments |= {"img_size": (height, width), "in_chans": in_chans, "num_classes": len(data.class_names)}
-    arguments |= {"drop_path_rate": config.drop_path}
+    arguments |= {"drop_path_rate": config.drop_path, "patch_drop_rate": config.patch_drop}
     return ModelSpec("VisionTransformer", arguments, data.name, data.class_names)
 
 

@@ -171,7 +171,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                 model.train()
                 for part in range(config.accumulate):
                     part_of_all = engine.global_rank * config.accumulate + part
-                    torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for drop path
+                    torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for dropped paths and patches
                     with engine.no_backward_sync(model, enabled=part + 1 < config.accumulate):
                         with engine.autocast():
                             values = task.step_loss(model, step, part_of_all, parts)
