@@ -101,9 +101,16 @@ ADAPTATIONS = {
     "new-both": " --adapt-patch-embed reinit --adapt-pos-embed reinit",
 }
 STRONG_MNIST = "--affine-degrees 15 --affine-scale 0.15 --affine-translate 0.1 --affine-shear 10"
-ERASED = {  # beside that: what else the long classifiers of MNIST are trained on
+LONG_MNIST = {  # what else the long classifiers of MNIST are told
     "best": "--ema-decay 0.999 --random-erasing 0.2",
     "erased": "--ema-decay 0.998 --random-erasing 0.5 --elastic 0.03",
+}
+TRIALS_MNIST = {  # and the trials of ten epochs that led from the first to the second
+    "trial-erasing-0.2": "--ema-decay 0.999 --random-erasing 0.2",
+    "trial-erasing-0.2-elastic": "--ema-decay 0.999 --random-erasing 0.2 --elastic 0.03",
+    "trial-erasing-0.2-elastic-ema-0.995": "--ema-decay 0.995 --random-erasing 0.2 --elastic 0.03",
+    "trial-erasing-0.5": "--ema-decay 0.999 --random-erasing 0.5",
+    "trial-elastic-patch-drop": "--ema-decay 0.999 --elastic 0.03 --patch-drop 0.25",
 }
 STRONG_CIFAR = "--mixup 0.2 --cutmix 1 --ema-decay 0.999"
 SHIPPED = {"mae-mnist-long": "mnist-mae", "mae-cifar-long": "cifar10-mae"}  # run -> NAME of maelab:NAME
@@ -137,8 +144,10 @@ def experiments() -> dict[str, dict[str, str]]:
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60 --batch-size 128"}
     strong = f"finetune mnist --init @mae-mnist-long --epochs 20 {STRONG_MNIST}"
-    mnist |= {f"{name}-mnist-s{s}": f"{strong} {flags} --seed {s}" for name, flags in ERASED.items() for s in SEEDS}
+    mnist |= {f"{name}-mnist-s{s}": f"{strong} {flags} --seed {s}" for name, flags in LONG_MNIST.items() for s in SEEDS}
     mnist["elastic-mnist-s0"] = f"{strong} --ema-decay 0.999 --elastic 0.04"
+    trial = f"finetune mnist --init maelab:mnist-mae --epochs 10 --val-fraction 0.2 {STRONG_MNIST}"
+    trials = {name: f"{trial} {flags}" for name, flags in TRIALS_MNIST.items()}
     cifar = {"mae-cifar-long": "pretrain cifar10 --epochs 60"}
     cifar |= {
         f"{name}-cifar-s0": f"finetune cifar10 --init @mae-cifar-long --epochs {epochs} {STRONG_CIFAR}"
@@ -153,7 +162,7 @@ def experiments() -> dict[str, dict[str, str]]:
     }
     return {
         "quickstart": quickstart, "sweep": sweep, "reported": reported, "controls": controls, "transfer": transfer,
-        "adaptations": adapted, "labels": labels, "mnist": mnist, "cifar10": cifar,
+        "adaptations": adapted, "labels": labels, "mnist": mnist, "trials": trials, "cifar10": cifar,
     }  # fmt: skip
 
 
