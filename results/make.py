@@ -42,7 +42,7 @@ BESIDE = {  # what others have published (sources: maelab/report/published.py) -
         ("augmented-mnist-s?", "test", "accuracy"),
         "after 10 + 10",
     ),
-    "MNIST, test": ("0.9927 after 1000 + 20 epochs", ("erased-mnist-s?", "test", "accuracy"), "after 60 + 20"),
+    "MNIST, test": ("0.9927 after 1000 + 20 epochs", ("best-mnist-s?", "test", "accuracy"), "after 60 + 20"),
     "the same by recipe `mnist`": (
         "0.985 of validation after 10 + 10",
         ("bf16-s?-f", "test", "accuracy"),
