@@ -599,19 +599,28 @@ def info(arguments: list[str]) -> None:
         output: Output = field(default_factory=Output)
 
     args = _parse(Arguments, arguments, "info")
-    from maelab.runs import is_complete, locate, read_checkpoint, read_json, read_metrics
+    from maelab.runs import (
+        config_of,
+        environment_of,
+        find_checkpoint,
+        is_complete,
+        locate,
+        read_checkpoint,
+        read_metrics,
+        result_of,
+    )
 
     folder = locate(args.run)
-    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    config, result = config_of(folder), result_of(folder)
     metrics = read_metrics(folder)
     summary: dict[str, Any] = {"run": str(args.run), "complete": is_complete(folder)}
     if "task" in config and not metrics:
         summary |= {"config": config, "epochs_done": 0}
     else:
-        spec = read_checkpoint(args.run)
+        spec, _ = read_checkpoint(find_checkpoint(args.run))
         summary |= {key: spec[key] for key in ("model", "arguments", "class_names")}
         summary |= {"config": config, "epochs_done": max((row["epoch"] for row in metrics), default=0)}
-        summary |= {"last_metrics": metrics[-2:], "result": result, "env": read_json(folder / "env.json")}
+        summary |= {"last_metrics": metrics[-2:], "result": result, "env": environment_of(folder)}
     state = "complete" if summary["complete"] else f"unfinished, {summary['epochs_done']} epochs done"
     what = (
         f"{config['task']} {config['recipe']} ({state})" if "task" in config else f"checkpoint of a {summary['model']}"

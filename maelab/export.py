@@ -22,7 +22,7 @@ from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import LAYER_NORM_EPS, Block
-from maelab.runs import read_json, write_atomically, write_json
+from maelab.runs import config_of, write_atomically, write_json
 from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
 from maelab.weights import to_hugging_face
 
@@ -289,7 +289,7 @@ def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[
     """
     if data_dir is None and not spec.data.startswith("folder:") and not (cache_dir() / spec.data).is_dir():
         raise UsageError(f"{spec.data or 'its data set'} is not on this machine")
-    config = read_json(run / "config.json")
+    config = config_of(run)
     split = "val" if "val_fraction" in config else "test"
     part = choose_part(load_matching_data(spec, None, data_dir), split, config)
     return part[torch.arange(min(len(part), MEASURED))], split

@@ -1,8 +1,6 @@
 """Pictures of a run, from arrays and metrics. Needs no torch: anything that numpy takes is an image."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from maelab.errors import RunError
+from maelab.runs import write_atomically
 
 DPI = 150
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
-
-
-def _write(file: Path, save: Callable[[Path], object]) -> None:
-    """Have `save` write a temporary file, and put it in place.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -45,7 +25,7 @@ def save_figure(figure: Figure, file: Path) -> None:
         RunError: if it cannot be written.
     """
     try:
-        _write(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
+        write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
     finally:
         plt.close(figure)
 
@@ -190,7 +170,7 @@ def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
         pictures[i] = frame.quantize(256, dither=Image.Dither.NONE)
     lasting = [1000, *[120] * (len(pictures) - 2), 2500][-len(pictures) :]  # milliseconds
     more = {"save_all": True, "append_images": pictures[1:], "duration": lasting, "loop": 0}
-    _write(file, lambda place: pictures[0].save(place, format="GIF", **more))
+    write_atomically(file, lambda place: pictures[0].save(place, format="GIF", **more))
 
 
 _PANELS = ("loss", "knn_accuracy", "accuracy")  # in this order, then the others

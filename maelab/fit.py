@@ -1,35 +1,37 @@
 """From a folder of images to a model within a given time: pretrain, fine-tune, the same from scratch, a verdict."""
 
-import contextlib
 import dataclasses
 import math
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from maelab import recipes
 from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, training_sets
 from maelab.data.folder import Found, scan
-from maelab.errors import UsageError
+from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, classification_scores, masked_mse
 from maelab.report import report
-from maelab.runs import is_complete, read_json, write_json
+from maelab.runs import folder as folders
+from maelab.runs import open_collection, replace_collection, write_json
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
 from maelab.tasks.reconstruct import reconstruct
-from maelab.training.loop import Task, train
+from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import console, say
 
 STAGES = ("pretrain", "finetune", "scratch")
+PLAN, ENTRIES = "plan.json", frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
+FILES = (  # all that a fit writes; the plan goes last
+    "fit.json", "report.html", "reconstruction.png", *(f"{stage}/{file}" for stage in STAGES for file in folders.RUN),
+    folders.LOCK, PLAN,
+)  # fmt: skip
 _TO_SPEND = 0.85  # of the time left: rates vary while others use the machine
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
@@ -78,65 +80,39 @@ def fit(
     found = scan(f"folder:{folder}")
     for line in found.lines():
         say(line)
-    with _locked(out):
+    with open_collection(out, FILES, PLAN, ENTRIES) as before:
         asked = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "fingerprint": found.fingerprint}
-        before = _recall(out, asked, overwrite)
         runs = RunOptions(**vars(options or ComputeOptions()))
-        plan = before or _plan(found, asked, begun, runs)
-        write_json(out / "plan.json", plan)
-        say(_explain_plan(plan))
+        plan = _recall(out, before, asked, overwrite) or _plan(found, asked, begun, runs)
         configs = _configs(plan, out)
+        write_json(out / PLAN, plan)
+        say(_explain_plan(plan))
+        results: dict[str, Any] = {}
         for stage, config in configs.items():
-            if is_complete(out / stage):
-                say(f"{stage}: done before, in {out / stage}")
-                continue
             place = replace(runs, out=out / stage)
             if isinstance(config, PretrainConfig):
-                pretraining.pretrain(config, options=place, recipe="folder")
+                _, results[stage] = pretraining.pretrain(config, options=place, recipe="folder")
             else:
-                finetuning.finetune(config, options=place, recipe="folder")
-        result = _judge(found, plan, out, sorted(configs), runs)
+                _, results[stage] = finetuning.finetune(config, options=place, recipe="folder")
+        result = _judge(found, plan, out, results, runs)
         write_json(out / "fit.json", result)
     return result
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold `out` for this process alone."""
-    if out.is_file():
-        raise UsageError(f"--out {out} is a file; give the name of a folder")
-    if out.is_dir() and not (out / "plan.json").exists() and any(path.name[0] != "." for path in out.iterdir()):
-        raise UsageError(f"--out {out} exists and holds something else; choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UsageError(f"another process is working in {out}; wait for it or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if not (out / "plan.json").exists():  # nothing has begun
-            shutil.rmtree(out, ignore_errors=True)
+def _recall(out: Path, plan: dict[str, Any], asked: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The plan that `out` holds, {} if there is none. With `overwrite`, another plan and its runs are removed.
 
-
-def _recall(out: Path, asked: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The plan that `out` holds, {} if there is none. With `overwrite`, another plan and its runs are removed."""
-    plan = read_json(out / "plan.json")
-    differ = [name for name, value in asked.items() if plan.get(name) != value]
+    Raises:
+        UsageError: if it is another plan, and nobody asked to replace it; or something else lies among its files.
+    """
     named = {name: f"--{name} {plan.get(name)} instead of {asked[name]}" for name in ("minutes", "seed")}
-    other = [named.get(name, "other images") for name in differ]
-    if plan and (other or overwrite):
-        if not overwrite:
-            raise UsageError(f"{out} holds a fit with {', '.join(other)}; use --overwrite, or another --out")
-        for stage in STAGES:
-            if (out / stage).exists():
-                shutil.rmtree(out / stage)
-        for name in ("plan.json", "fit.json", "report.html", "reconstruction.png"):
-            (out / name).unlink(missing_ok=True)
-        return {}
-    return plan
+    other = [named.get(name, "other images") for name, value in asked.items() if plan.get(name) != value]
+    if not plan or not (other or overwrite):
+        return plan
+    if not overwrite:
+        raise UsageError(f"{out} holds a fit with {', '.join(other)}; use --overwrite, or another --out")
+    replace_collection(out, FILES)
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -231,6 +207,8 @@ def _measure(
     try:
         one = epoch(1)
         four = epoch(4) if 12 * one < seconds else 4 * one
+    except Interrupted:  # what it saved is gone, so there is nothing to go on from
+        raise KeyboardInterrupt from None
     finally:
         console.quiet = loud
     step = max((four - one) / 3, four / 10)  # where noise is larger than a step, rather too long
@@ -273,10 +251,14 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
     def read(stage: str, kind: Any, **more: Any) -> Any:
         return kind(**{**plan[stage], "img_size": tuple(plan[stage]["img_size"]), **more})
 
-    configs = {"pretrain": read("pretrain", PretrainConfig)}
-    if "finetune" in plan:
-        configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
-        configs["scratch"] = read("finetune", FinetuneConfig)
+    try:
+        configs = {"pretrain": read("pretrain", PretrainConfig)}
+        if "finetune" in plan:
+            configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
+            configs["scratch"] = read("finetune", FinetuneConfig)
+        _explain_plan(plan)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise RunError(f"{out / PLAN} is damaged ({error}); --overwrite begins anew") from error
     return configs
 
 
@@ -299,9 +281,10 @@ def _explain_plan(plan: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------- verdict
 
 
-def _judge(found: Found, plan: dict[str, Any], out: Path, stages: list[str], options: RunOptions) -> dict[str, Any]:
+def _judge(
+    found: Found, plan: dict[str, Any], out: Path, results: dict[str, Any], options: RunOptions
+) -> dict[str, Any]:
     """Draw the picture, build the page, and say what came out."""
-    results = {stage: read_json(out / stage / "result.json") for stage in stages}
     picture = out / "reconstruction.png"
     if not picture.exists():
         reconstruct(out / "pretrain", out=picture, options=options)
@@ -312,7 +295,7 @@ def _judge(found: Found, plan: dict[str, Any], out: Path, stages: list[str], opt
         "plan": plan,
         "pretrain": {"run": str(out / "pretrain"), "masked_mse": error, "mean_predictor_mse": trivial},
         "reconstruction": str(picture),
-        "report": report([out / stage for stage in stages], out=out / "report.html")["report"],
+        "report": report([out / stage for stage in sorted(results)], out=out / "report.html")["report"],
         "model": None,
     }
     rebuilt = (

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maelab.report import report
-from maelab.runs import PRETRAINED, is_complete, read_json
+from maelab.runs import is_complete, read_json
+from maelab.runs.checkpoints import PRETRAINED
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "results"

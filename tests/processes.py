@@ -66,7 +66,7 @@ class Maelab:
             arguments: of the command.
             cwd: its working directory.
             request: stdin, stdout: a file instead of the usual one; largest_file: bytes, as if the disk were
-                full beyond; die: (file name, n, "before" | "after"), kill it when it puts the n-th file of this
+                full beyond; die: (end of a path, n, "before" | "after"), kill it when it puts the n-th file of this
                 name in place.
         """
         self._started += 1
@@ -136,12 +136,12 @@ def draw_little() -> None:
 
 
 def _die_at(name: str, n: int, when: str) -> None:
-    """Kill this very process, as hard as can be, at the n-th replacement of a file called `name`."""
+    """Kill this very process, as hard as can be, at the n-th replacement of a file whose path ends in `name`."""
     replace, seen = os.replace, 0
 
     def deadly(source: Any, target: Any, **more: Any) -> None:
         nonlocal seen
-        seen += name in ("", Path(target).name)
+        seen += str(target).endswith(name)
         if when == "after" or seen != n:
             replace(source, target, **more)
         if seen == n:

@@ -137,7 +137,7 @@ def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Mael
         (("nowhere",), "there is no folder"),
         (("photos", "--minutes", "0"), "--minutes must be above 0"),
         (("photos", "--out", "photos/fit"), "lies among your images"),
-        (("photos", "--out", "other"), "holds something else"),
+        (("photos", "--out", "other"), "which maelab did not write"),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused(line, message, photos, maelab: Maelab, tmp_path):

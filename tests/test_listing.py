@@ -12,7 +12,8 @@ import pytest
 from processes import environment
 
 from maelab.errors import RunError, UsageError
-from maelab.runs import MODELS, find_runs, read_json, select, summaries, summary
+from maelab.runs import find_runs, read_json, select, summaries, summary
+from maelab.runs.checkpoints import MODELS
 
 
 def write_run(folder: Path, config: dict[str, Any], result: dict[str, Any] | None = None, epochs: int = 0) -> Path:

@@ -15,6 +15,7 @@ from processes import draw_little, environment
 from maelab import cli, figures, load_model, pretrained, runs
 from maelab.errors import UsageError
 from maelab.pretrained import command, ship
+from maelab.runs import checkpoints
 from maelab.tasks import finetune, pretrain
 
 SMALL = ("--limit", "64", "--batch-size", "32", "--threads", "1", "--kernels", "torch", "--json", "--epochs", "1")
@@ -35,7 +36,7 @@ def tiny(digits_folder, tmp_path_factory):
 
 @pytest.fixture
 def shipped(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     return ship(tiny[0], "tiny-mae")
 
@@ -101,7 +102,7 @@ def test_the_card_of_a_classifier(tmp_path):
 
 
 def test_the_card_names_the_run_begun_from_not_where_it_lay(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path / "pretrained")
     run = Path(shutil.copytree(tiny[0], tmp_path / "run"))
     config = runs.read_json(run / "config.json") | {"init": str(tmp_path / "somewhere" / "mae-long")}
     runs.write_json(run / "config.json", config)
@@ -112,7 +113,7 @@ def test_the_card_names_the_run_begun_from_not_where_it_lay(tiny, tmp_path, monk
 def test_large_weights_are_rounded_to_float16(tiny, tmp_path, monkeypatch):
     whole = (tiny[0] / "checkpoints" / "best" / "model.safetensors").stat().st_size
     monkeypatch.setattr(pretrained, "LARGEST", whole - 1)
-    monkeypatch.setattr(runs, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path / "pretrained")
     folder = ship(tiny[0], "half")
     assert (folder / "model.safetensors").stat().st_size < 0.6 * whole
     assert "before the weights were rounded to float16" in (folder / "README.md").read_text()
@@ -136,7 +137,7 @@ def test_refusals(tiny, shipped, tmp_path, monkeypatch):
     refused(unfinished, "a", "unfinished is not the folder of a finished")
     monkeypatch.setattr(pretrained, "LARGEST", 1000)
     refused(tiny[0], "a", r"model.safetensors has 0\.\d MB in float16; at most 0 are shipped")
-    assert [p.name for p in runs.PRETRAINED.iterdir()] == ["tiny-mae"]
+    assert [p.name for p in checkpoints.PRETRAINED.iterdir()] == ["tiny-mae"]
     for name in ("maelab:other", "maelab:../../etc", "maelab:"):
         with pytest.raises(UsageError, match=f"^no pretrained weights are called {name}; choose from maelab:tiny-mae$"):
             runs.find_checkpoint(name)
@@ -156,5 +157,7 @@ def test_a_wheel_holds_the_weights():
     root = Path(__file__).parents[1]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["maelab"]
     files = [f"pretrained/tiny/{file}" for file in ("model.safetensors", "config.json", "README.md")]
-    files += [str(path.relative_to(root / "maelab")) for path in runs.PRETRAINED.glob("*/*") if path.suffix != ".pyc"]
+    files += [
+        str(path.relative_to(root / "maelab")) for path in checkpoints.PRETRAINED.glob("*/*") if path.suffix != ".pyc"
+    ]
     assert all(any(fnmatch(file, pattern) for pattern in declared) for file in files), (files, declared)

@@ -15,6 +15,8 @@ import torch
 
 import maelab
 from maelab import cli, recipes
+from maelab.runs import read_json
+from maelab.runs.checkpoints import PRETRAINED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -164,5 +166,5 @@ def test_a_run_whose_weights_are_shipped_is_begun_from_without_training_it(make,
 
 def test_shipped_weights_are_those_of_the_kept_run(make):
     for run, name in make.SHIPPED.items():
-        card = (maelab.runs.PRETRAINED / name / "README.md").read_text()
-        assert json.dumps(maelab.runs.read_json(make.KEPT / run / "config.json"), indent=1) in card
+        card = (PRETRAINED / name / "README.md").read_text()
+        assert json.dumps(read_json(make.KEPT / run / "config.json"), indent=1) in card

@@ -3,6 +3,7 @@
 python -m maelab.pretrained RUN NAME
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from safetensors.numpy import load, save
 
 from maelab import recipes, runs
 from maelab.errors import UsageError
+from maelab.runs import checkpoints
 
 LARGEST = 8_000_000  # bytes of model.safetensors: a package is no place for more
 
@@ -35,8 +37,8 @@ def ship(run: str | Path, name: str, root: Path | None = None) -> Path:
         UsageError: if the run is unfinished or of another kind, the weights too large, or the name taken or no name.
         RunError: if a file of the run is damaged, or the folder cannot be written.
     """
-    run, folder = Path(run), (root or runs.PRETRAINED) / name
-    config, result = runs.read_json(run / "config.json"), runs.read_json(run / "result.json")
+    run, folder = Path(run), (root or checkpoints.PRETRAINED) / name
+    config, result = runs.config_of(run), runs.result_of(run)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise UsageError(f"{name!r} is no name for weights: use lower-case letters, digits and hyphens")
     if folder.exists():
@@ -45,17 +47,19 @@ def ship(run: str | Path, name: str, root: Path | None = None) -> Path:
         raise UsageError(f"{run} is not the folder of a finished pretraining or fine-tuning")
     if Path(config.get("init", "none")).is_absolute():
         config |= {"init": Path(config["init"]).name}  # where it lay says nothing elsewhere
-    best, checkpoint = runs.find_checkpoint(run), runs.read_checkpoint(run)
-    weights = (best / "model.safetensors").read_bytes()
+    best = runs.find_checkpoint(run)
+    checkpoint, _ = runs.read_checkpoint(best)
+    weights = best.model.read_bytes()
     if halved := len(weights) > LARGEST:
         weights = save({key: value.astype(np.float16) for key, value in load(weights).items()})
     if len(weights) > LARGEST:
         size = f"{len(weights) / 1e6:.1f} MB in float16"
-        raise UsageError(f"{best}/model.safetensors has {size}; at most {LARGEST / 1e6:.0f} are shipped")
-    text = card(name, config, runs.read_json(run / "env.json"), result, checkpoint, halved)
+        raise UsageError(f"{best.model} has {size}; at most {LARGEST / 1e6:.0f} are shipped")
+    text = card(name, config, runs.environment_of(run), result, checkpoint, halved)
     runs.write_atomically(folder / "README.md", text.encode())
-    runs.write_atomically(folder / "config.json", (best / "config.json").read_bytes())
-    runs.write_atomically(folder / "model.safetensors", weights)  # last: with it the name is there
+    about = runs.read_json(best.config) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    runs.write_json(folder / best.config.name, about)
+    runs.write_atomically(folder / best.model.name, weights)  # last: with it the name is there
     return folder
 
 
@@ -72,7 +76,7 @@ def card(
     Args:
         name: of maelab:NAME.
         config, env, result: the run's config.json, env.json and result.json.
-        checkpoint: see `maelab.runs.read_checkpoint`.
+        checkpoint: the fields that `maelab.runs.read_checkpoint` gives.
         halved: whether the weights were rounded to float16.
     """
     height, width = checkpoint["arguments"]["img_size"]

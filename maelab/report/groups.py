@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from maelab import recipes
-from maelab.config import Augment, FinetuneConfig, PretrainConfig, ProbeConfig
+from maelab.config import Augment, FinetuneConfig, ProbeConfig
 from maelab.errors import RunError, UsageError
-from maelab.runs import find_runs, is_complete, read_json, read_metrics
+from maelab.runs import CONFIGS, config_of, environment_of, find_runs, is_complete, read_json, read_metrics, result_of
 
-CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
 MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
@@ -132,7 +131,7 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
                 sweeps.setdefault(Path(place).resolve(), _shown(Path(place), given))
             if "config.json" in files and "checkpoints" not in Path(place).parts:
                 try:
-                    read_json(Path(place) / "config.json")
+                    config_of(Path(place))
                 except RunError as error:
                     problems.append((_shown(Path(place), given), str(error)))
                     names.setdefault(Path(place).resolve(), "")
@@ -168,7 +167,7 @@ def _shown(path: Path, given: Path) -> str:
 
 
 def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
-    config = read_json(folder / "config.json")
+    config = config_of(folder)
     kind = CONFIGS.get(str(config.get("task")))
     if kind is None or not isinstance(config.get("data"), str):
         raise RunError(f"{folder / 'config.json'} is damaged: it names no known task and data")
@@ -182,10 +181,10 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
             fits = number(config, key) is not None or (value is None and (given is None or isinstance(given, list)))
         if not fits:
             raise RunError(f"{folder / 'config.json'} is damaged: {key} is {given!r}")
-    result = read_json(folder / "result.json") if is_complete(folder) else {}
+    result = result_of(folder) if is_complete(folder) else {}
     if is_complete(folder) and number(result, *MEASURE[config["task"]]) is None:
         raise RunError(f"{folder / 'result.json'} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
-    env, asked = read_json(folder / "env.json"), config.get("precision", "auto")
+    env, asked = environment_of(folder), config.get("precision", "auto")
     taken = re.search(r"\b(fp32|bf16)\b", str(env.get("hardware"))) if asked == "auto" else None
     if taken:
         config["precision"] = taken[0]

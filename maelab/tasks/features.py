@@ -16,7 +16,7 @@ from maelab.data.folder import read_batches
 from maelab.errors import RunError, UsageError
 from maelab.inference import extract_features
 from maelab.model import VisionTransformer
-from maelab.runs import locate, read_json, write_atomically
+from maelab.runs import config_of, locate, write_atomically
 from maelab.training.checkpoint import choose_part, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import say
@@ -93,7 +93,7 @@ def features(
         if dataset.test is not None:
             places["test"] = ImageSet(torch.arange(len(dataset.test)), dataset.test.labels)
         numbered = replace(dataset, train=places["train"], test=places.get("test"))
-        part = choose_part(numbered, split, read_json(locate(run) / "config.json"))
+        part = choose_part(numbered, split, config_of(locate(run)))
         source = dataset.test if split == "test" else dataset.train
         assert source is not None
         columns |= {"features": extracted(source.images[part.images]), "index": part.images.numpy()}

@@ -15,11 +15,11 @@ from maelab.data.batches import batch_index, rank_slice, scale, step_generator
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters
 from maelab.model import VisionTransformer
-from maelab.runs import read_metrics, write_json
+from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
-from maelab.training.runlog import open_run, say
+from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.runlog import environment, open_task, say
 from maelab.weights import load_encoder
 
 PICTURED = 24
@@ -102,6 +102,7 @@ def finetune(
         Interrupted: after saving, on Ctrl-C or SIGTERM.
     """
     options = options or RunOptions()
+    check_out(options)
     source, init = (None, None) if config.init == "none" else load_model(config.init)
     if init is not None:
         config = with_encoder_of(config, init)
@@ -116,10 +117,11 @@ def finetune(
         assert isinstance(source, VisionTransformer)
         adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
     hardware = prepare(model, engine, options)
-    with (
-        open_run(engine, "finetune", recipe, config, options, data.checksums, hardware) as folder,
-        open_tracker(options.logger, folder, engine) as tracker,
-    ):
+    begun_from = environment(hardware, data.checksums, source)
+    with open_task(engine, "finetune", recipe, config, options, begun_from) as (run, tracker):
+        folder = run.folder
+        if run.result:
+            return folder, run.result
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )
@@ -174,17 +176,16 @@ def finetune(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            pictures = folder / "figures"
-            figures.curves(pictures / "curves.png", read_metrics(folder), outcome.best_epoch)
+            figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
             order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
             fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
             wrong, right = order[~fits], order[fits]
             shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
             figures.predictions(
-                pictures / "predictions.png", scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
+                run.figure("predictions"), scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
                 probabilities[shown].cpu(), data.class_names,
             )  # fmt: skip
-            figures.confusion(pictures / "confusion.png", counts, data.class_names)
+            figures.confusion(run.figure("confusion"), counts, data.class_names)
             log_outcome(tracker, folder, result)
-            write_json(folder / "result.json", result)
+            run.finish(result)
         return folder, result

@@ -23,11 +23,11 @@ from maelab.inference import (
     reconstruct_images,
 )
 from maelab.model import MaskedAutoencoderViT, patchify
-from maelab.runs import read_metrics, write_json
+from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
-from maelab.training.runlog import open_run, say
+from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.runlog import environment, open_task, say
 
 # k-NN during training compares so many validation images with so many training images at most: 3% of the time of an
 # epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
@@ -103,6 +103,7 @@ def pretrain(
         Interrupted: after saving, on Ctrl-C or SIGTERM.
     """
     options = options or RunOptions()
+    check_out(options)
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
     spec = model_spec(config, data)
@@ -111,10 +112,11 @@ def pretrain(
     assert isinstance(model, MaskedAutoencoderViT)
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
     hidden = hidden_count("random", model.grid_size, config.mask_ratio)
-    with (
-        open_run(engine, "pretrain", recipe, config, options, data.checksums, hardware) as folder,
-        open_tracker(options.logger, folder, engine) as tracker,
-    ):
+    begun_from = environment(hardware, data.checksums)
+    with open_task(engine, "pretrain", recipe, config, options, begun_from) as (run, tracker):
+        folder = run.folder
+        if run.result:
+            return folder, run.result
         train_set, val_set = (part.to(engine.device) for part in training_sets(data, config, unlabelled=True))
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
@@ -181,10 +183,10 @@ def pretrain(
             mask = make_mask("random", model.grid_size, len(shown), config.mask_ratio, config.seed)
             masked, rebuilt, error = reconstruct_images(model, shown, mask)
             group = (caption(model, hidden, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
-            figures.reconstructions(folder / "figures" / "reconstructions.png", [group])
-            figures.curves(folder / "figures" / "curves.png", read_metrics(folder))
+            figures.reconstructions(run.figure("reconstructions"), [group])
+            figures.curves(run.figure("curves"), read_metrics(folder))
             log_outcome(tracker, folder, result)
-            write_json(folder / "result.json", result)
+            run.finish(result)
         return folder, result
 
 

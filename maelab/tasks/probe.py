@@ -14,11 +14,11 @@ from maelab.data.batches import batch_index, rank_slice
 from maelab.errors import UsageError
 from maelab.inference import classification_scores, extract_features, knn_accuracy
 from maelab.model import VisionTransformer
-from maelab.runs import read_metrics, write_json
+from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.loop import Task, train
-from maelab.training.parallel import log_outcome, open_tracker, prepare, start_engine
-from maelab.training.runlog import open_run, say
+from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.runlog import environment, open_task, say
 
 
 def probe(
@@ -40,6 +40,7 @@ def probe(
         Interrupted: after saving, on Ctrl-C or SIGTERM.
     """
     options = options or RunOptions()
+    check_out(options)
     model, encoder = load_model(config.init)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{config.init} is a linear probe; name the run that it judged")
@@ -50,10 +51,11 @@ def probe(
     if data.train.labels is None or data.test is None:
         raise UsageError(f"{data.name} has no labels to probe with")
     hardware = prepare(model, engine, options)
-    with (
-        open_run(engine, "probe", recipe, config, options, data.checksums, hardware) as folder,
-        open_tracker(options.logger, folder, engine) as tracker,
-    ):
+    begun_from = environment(hardware, data.checksums, model)
+    with open_task(engine, "probe", recipe, config, options, begun_from) as (run, tracker):
+        folder = run.folder
+        if run.result:
+            return folder, run.result
         parts = {"train": training_sets(data, config, config.label_fraction)[0]}
         parts |= {"val": training_sets(data, config)[1], "test": data.test}
         say(f"probe {config.init} on {data.name}: {len(parts['train'])} images; {hardware}; {folder}")
@@ -109,7 +111,7 @@ def probe(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            figures.curves(folder / "figures" / "curves.png", read_metrics(folder), outcome.best_epoch)
+            figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
             log_outcome(tracker, folder, result)
-            write_json(folder / "result.json", result)
+            run.finish(result)
         return folder, result

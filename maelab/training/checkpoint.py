@@ -1,6 +1,6 @@
-"""Checkpoints: a portable one (model.safetensors and config.json) and, beside it, what resuming needs (training.pt)."""
+"""Models from checkpoints and to them: a portable one (weights and their description), and what going on needs."""
 
-import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from maelab.data import Dataset, ImageSet, load, training_sets
 from maelab.data.folder import read_all
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
-from maelab.runs import find_checkpoint, read_checkpoint, write_atomically, write_json
+from maelab.runs import as_json, find_checkpoint, read_checkpoint, write_atomically
+from maelab.runs.checkpoints import CONFIG, MODEL
 from maelab.weights import Foreign, read_foreign
 
 MODELS = {c.__name__: c for c in (MaskedAutoencoderViT, VisionTransformer, nn.Linear)}
@@ -46,11 +47,29 @@ class ModelSpec:
         return MODELS[self.model](**self.arguments)
 
 
-def save_model(folder: Path, spec: ModelSpec, state: dict[str, torch.Tensor]) -> None:
-    """Write model.safetensors and config.json into `folder`."""
-    write_json(folder / "config.json", {"format": 1, **vars(spec)})
+def portable(spec: ModelSpec, state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The two files of a portable checkpoint; the description holds the SHA-256 of the weights."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+    weights = safetensors.torch.save(tensors)
+    about = {"format": 1, **vars(spec), "sha256": hashlib.sha256(weights).hexdigest()}
+    return {MODEL: weights, CONFIG: as_json(about)}
+
+
+def save_model(folder: Path, spec: ModelSpec, state: dict[str, torch.Tensor]) -> None:
+    """Write a portable checkpoint into `folder`."""
+    for name, content in portable(spec, state).items():
+        write_atomically(folder / name, content)
+
+
+def weights_sha256(model: nn.Module | None) -> str | None:
+    """SHA-256 of the names and values of a model's weights; None of no model."""
+    if model is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _foreign_spec(found: Foreign) -> ModelSpec:
@@ -65,7 +84,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         RunError: if its config.json is damaged.
     """
     found = read_foreign(path)
-    return ModelSpec(**read_checkpoint(path)) if found is None else _foreign_spec(found)
+    return ModelSpec(**read_checkpoint(find_checkpoint(path))[0]) if found is None else _foreign_spec(found)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
@@ -73,7 +92,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
 
     Args:
         path: run folder, of which the best checkpoint is taken (else the last), a checkpoint folder, or a model of
-            another library (see `maelab.weights.read_foreign`).
+            another library (see `maelab.weights.read_foreign`). Weights whose SHA-256 is not that of their description
+            are refused.
 
     Returns:
         The model, and the description that it was built from.
@@ -83,21 +103,41 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         RunError: if it is damaged.
     """
     if (found := read_foreign(path)) is not None:
-        spec, file = _foreign_spec(found), Path(path)
+        spec, file, wanted = _foreign_spec(found), Path(path), None
         for note in found.notes:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{path}: {note}", file=sys.stderr)
     else:
-        spec, file = read_spec(path), find_checkpoint(path) / "model.safetensors"
+        checkpoint = find_checkpoint(path)
+        fields, wanted = read_checkpoint(checkpoint)
+        spec, file = ModelSpec(**fields), checkpoint.model
     try:
+        state = found.state if found is not None else _read_weights(file, spec, wanted)
         with torch.device("meta"):  # so that nothing large is allocated before the shapes are seen to fit
             model = spec.build()
-        state = safetensors.torch.load_file(file) if found is None else found.state
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, TypeError, RuntimeError, ArithmeticError, safetensors.SafetensorError) as error:
         why = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise RunError(f"{file} is damaged or does not fit its config.json: {why}") from error
     return model.eval(), spec
+
+
+def _read_weights(file: Path, spec: ModelSpec, wanted: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights with this SHA-256. Raises ValueError, before anything is built, if they are not.
+
+    A model of a million blocks takes minutes to build, even without memory, so the blocks are counted first.
+    """
+    content = file.read_bytes()
+    if wanted is not None and hashlib.sha256(content).hexdigest() != wanted:
+        raise ValueError("the weights are not those that were saved (another SHA-256)")
+    state = safetensors.torch.load(content)
+    for field, prefix in (("depth", "blocks."), ("decoder_depth", "decoder_blocks.")):
+        present = len({name.split(".")[1] for name in state if name.startswith(prefix)})
+        if spec.arguments.get(field, present) != present:
+            raise ValueError(f"{field} is {spec.arguments[field]}, and the weights are of {present} blocks")
+    return state
 
 
 def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None) -> Dataset:
@@ -157,31 +197,22 @@ def images_to_show(
     return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def save_training(file: Path, state: dict[str, Any]) -> None:
-    """Write what resuming needs: tensors, numbers, strings, lists and dicts only."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        why = error.strerror if isinstance(error, OSError) else "the disk may be full"
-        raise RunError(f"cannot write {file}: {why}; the checkpoint before it stands") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def load_training(file: Path) -> dict[str, Any] | None:
-    """Read what `save_training` wrote, or None if there is nothing.
+def read_training(file: Path) -> dict[str, Any]:
+    """What going on needs, as `maelab.training.loop.train` saved it: tensors, numbers, strings, lists and dicts only.
 
     Raises:
         RunError: if the file is damaged.
     """
-    if not file.exists():
-        return None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not content.keys() >= {"position", "model", "optimizers", "average"}:
+            raise ValueError("it holds something else")
+        return content
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{file} is damaged ({why}); remove {file.parents[2]} to start anew") from error
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> RunError:
+    """The error for a training state that cannot be read, or does not fit its run."""
+    why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return RunError(f"{file} is damaged ({why}); --overwrite starts anew")

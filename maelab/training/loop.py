@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from maelab.config import LoopConfig
 from maelab.data.batches import part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
-from maelab.training.checkpoint import ModelSpec, load_training, save_model, save_training
+from maelab.runs import commit
+from maelab.runs.checkpoints import TRAINING, checkpoints
+from maelab.training.checkpoint import ModelSpec, damaged, load_model, portable, read_training
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
 from maelab.training.parallel import Engine, Tracker
 from maelab.training.runlog import RunLog, in_words
@@ -119,46 +120,55 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         raise UsageError(f"a batch of {batch_size} images cannot be cut into {parts} equal parts; see --batch-size")
     total_steps = config.epochs * per_epoch
     warmup_steps = min(round(config.warmup_epochs * per_epoch), total_steps // 2)
-    last, best = folder / "checkpoints" / "last", folder / "checkpoints" / "best"
+    resumed_from = checkpoints(folder) / "last" / TRAINING
 
     optimizers = build_optimizers(task.model, config, task.layer_decay)
     average = copy.deepcopy(task.model).requires_grad_(False).to(engine.device) if config.ema_decay else None
     judged = task.model if average is None else average
-    position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "log_length": 0}
+    position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
     position |= {"best_epoch": 0, "best": {}, "train": {}}
-    saved = load_training(last / "training.pt")
+    saved = read_training(resumed_from) if resumed_from.exists() else None
     if saved is not None:
-        position = saved["position"]
-        task.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if average is not None:
-            average.load_state_dict(saved["average"])
+        try:
+            position |= saved["position"]
+            task.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if average is not None:
+                average.load_state_dict(saved["average"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise damaged(resumed_from, error) from error
     model, *optimizers = engine.setup(task.model, *optimizers)
     for method in task.methods:
         model.mark_forward_method(method)
 
-    def save() -> None:
-        position["log_length"] = log.length
+    def save(better: bool = False) -> None:
+        """Commit the last state, and with it the best weights if these are the best."""
+        position["rows"] = log.rows
         if engine.world_size > 1:  # the file keeps one process's sums, so let them be everyone's
             position["sums"] = {k: torch.tensor(_mean(engine, v)).double() for k, v in position["sums"].items()}
         if engine.is_global_zero:
-            save_model(last, task.spec, judged.state_dict())
+            weights = portable(task.spec, judged.state_dict())
             state = {"position": position, "model": task.model.state_dict()}
             state |= {"optimizers": [o.state_dict() for o in optimizers], "average": average and average.state_dict()}
-            save_training(last / "training.pt", state)
+            files: dict[str, Any] = {f"last/{name}": content for name, content in weights.items()}
+            files |= {f"best/{name}": content for name, content in weights.items()} if better else {}
+            files[f"last/{TRAINING}"] = lambda place: torch.save(state, place)
+            commit(folder, files, {"step": position["step"], "epoch": position["step"] // per_epoch})
         engine.barrier()
 
     def check(loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            kept = f"{last} stands as it was before" if (last / "training.pt").exists() else "nothing was saved yet"
+            kept = (
+                f"{resumed_from.parent} stands as it was before" if resumed_from.exists() else "nothing was saved yet"
+            )
             raise RunError(
                 f"the loss is {loss} at step {step + 1} (epoch {step // per_epoch + 1}); {kept};"
                 " try a lower --blr or --muon-lr, --clip-grad 1, or --precision fp32"
             )
 
     log_folder = folder if engine.is_global_zero else None
-    log = RunLog(log_folder, position["log_length"], position["step"] // per_epoch, total_steps, tracker)
+    log = RunLog(log_folder, position["rows"], position["step"] // per_epoch, total_steps, tracker)
     if saved is not None:
         log.line(f"going on from step {position['step']} of {total_steps}")
     begun, first_step = time.perf_counter(), position["step"]
@@ -215,8 +225,6 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                         better = val[task.metric] < position["best"].get(task.metric, math.inf)
                     if better:
                         position |= {"best_epoch": epoch, "best": val}
-                        if engine.is_global_zero:
-                            save_model(best, task.spec, judged.state_dict())
                     position["seconds"] = before + time.perf_counter() - begun
                     rates = {"lr": _top_rate(optimizers), "images_per_s": position["images"] / position["seconds"]}
                     log.epoch(epoch, "train", **position["train"], **rates, seconds=position["seconds"])
@@ -229,7 +237,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                         + f"{task.note}  lr {rates['lr']:.2e}  {rates['images_per_s']:.0f} images/s"
                         f"  {in_words(left / (position['step'] - first_step))} left"
                     )  # fmt: skip
-                    save()
+                    save(better)
                 elif stopping:
                     save()
                 if stopping and position["step"] < total_steps:
@@ -239,7 +247,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                     )
     finally:
         log.close()
-    task.model.load_state_dict(load_file(best / "model.safetensors"))
+    task.model.load_state_dict(load_model(folder)[0].state_dict())
     return Outcome(
         epochs=position["step"] // per_epoch,
         best_epoch=position["best_epoch"],

@@ -20,7 +20,8 @@ from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.model import fast
 from maelab.model.vit import Attention, Block
-from maelab.runs import read_json, write_json
+from maelab.runs import config_of, find_checkpoint, read_json, write_json
+from maelab.runs.folder import EVENTS
 
 Engine = Fabric
 Tracker = Logger
@@ -115,7 +116,7 @@ def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
 
 def tensorboard(folder: Path, purge_from: int) -> TensorBoardLogger:
     """Writer of TensorBoard events into `folder`; events of an earlier process from step `purge_from` on are hidden."""
-    return TensorBoardLogger(root_dir=folder, name="", version="", purge_step=purge_from)
+    return TensorBoardLogger(root_dir=folder, name="", version="", purge_step=purge_from, filename_suffix=EVENTS)
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def open_tracker(kind: str, folder: Path, engine: Engine) -> Iterator[Tracker | 
                 about.setdefault("wandb", uuid.uuid4().hex[:8])
                 offline = os.environ.get("WANDB_MODE", "offline") != "online"
                 tracker = WandbLogger(folder.name, folder, about["wandb"], offline, project="maelab", resume="allow")
-            tracker.log_hyperparams(read_json(folder / "config.json"))
+            tracker.log_hyperparams(config_of(folder))
     except ModuleNotFoundError as error:
         raise UsageError(f"--logger {kind} needs more packages: pip install 'maelab[trackers]'") from error
     write_json(folder / "tracker.json", about)
@@ -171,7 +172,7 @@ def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -
         return
     scores = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
     tracker.log_metrics({k: v for k, v in scores.items() if isinstance(v, float)}, step=result["epochs"])
-    figures, best = folder / "figures", folder / "checkpoints" / "best"
+    figures, best = folder / "figures", find_checkpoint(folder).model.parent
     experiment, run = cast(Any, tracker).experiment, cast(Any, tracker).version
     if hasattr(experiment, "log_artifacts"):  # MLflow's client
         experiment.log_artifacts(run, str(figures), "figures")

@@ -1,12 +1,8 @@
-"""The run folder: who may write in it, what lies in it, and what a person sees while it fills."""
+"""What a run writes as it goes, and what a person sees of it."""
 
-import contextlib
-import dataclasses
-import glob
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 import maelab
 from maelab.config import RunOptions
-from maelab.errors import RunError, UsageError
-from maelab.runs import is_complete, read_json, write_json
-from maelab.training.parallel import Engine, Tracker, tensorboard
-
-_OURS = re.compile(r"\.lock|\..+\.\d+")  # the lock, and files under their temporary names
+from maelab.runs import Run, open_run, write_atomically
+from maelab.runs.checkpoints import gone
+from maelab.runs.listing import METRICS
+from maelab.training.checkpoint import weights_sha256
+from maelab.training.parallel import Engine, Tracker, open_tracker, tensorboard
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -44,9 +40,14 @@ def part_of(whole: str) -> Iterator[None]:
         _whole = ""
 
 
+def first_process() -> bool:
+    """Whether this process is the one that speaks and writes: of several, every one runs the whole command."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print a line for people, on stderr; of several processes only the first speaks, and none as part of a whole."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not _whole:
+    if first_process() and not _whole:
         console.print(text, markup=False)
 
 
@@ -57,139 +58,39 @@ def in_words(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def resolved(task: str, recipe: str, config: object) -> dict[str, Any]:
-    """What config.json holds: task, recipe and every field, as JSON gives it back."""
-    fields = dataclasses.asdict(config)  # type: ignore[call-overload]
-    return json.loads(json.dumps({"task": task, "recipe": recipe, **fields}))
-
-
-def _lock(folder: Path) -> filelock.BaseFileLock | None:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        return lock.acquire(blocking=False).lock
-    except filelock.Timeout:
-        return None
-
-
-def _default_folder(wanted: dict[str, Any]) -> Path:
-    """The last runs/TASK-RECIPE-N if it is this very run, unfinished and idle; otherwise the next free N."""
-    stem = f"{wanted['task']}-{wanted['recipe']}-"
-    present = Path("runs").glob(glob.escape(stem) + "*")
-    taken = [int(p.name[len(stem) :]) for p in present if p.name[len(stem) :].isdecimal()]
-    last = Path("runs") / f"{stem}{max(taken, default=0)}"
-    with contextlib.suppress(RunError):  # a damaged folder is left alone
-        if not is_complete(last) and read_json(last / "config.json") == wanted:
-            lock = _lock(last)
-            if lock is not None:
-                lock.release()
-                return last
-    return Path("runs") / f"{stem}{max(taken, default=0) + 1}"
-
-
-class _Busy(UsageError):
-    """Another process works in the folder."""
-
-
 @contextmanager
-def open_run(
+def open_task(
     engine: Engine,
     task: str,
     recipe: str,
     config: object,
     options: RunOptions,
-    checksums: dict[str, str],
-    hardware: str,
-) -> Iterator[Path]:
-    """Open the run folder for this run alone.
-
-    An unfinished folder with the same config is opened as it is, to go on; a complete one, or another run's, is
-    emptied with `overwrite`. A run that fails before its first checkpoint leaves nothing behind. `checksums` of the
-    data and the line on `hardware` go into env.json.
+    environment: dict[str, Any],
+) -> Iterator[tuple[Run, Tracker | None]]:
+    """Open the run folder of a training, and its tracker; see `maelab.runs.open_run`.
 
     Yields:
-        The folder, which holds config.json and env.json.
-
-    Raises:
-        UsageError: if the folder is complete, holds another run, is in use, or is no run folder at all.
-        RunError: if it cannot be written, or its config.json is damaged.
+        The folder, and what else gets the metrics: nothing where the run was complete before.
     """
-    wanted = resolved(task, recipe, config)
-    folder, lock, error = options.out or Path(), None, None
-    if engine.is_global_zero:
-        try:
-            while lock is None:
-                folder = options.out or _default_folder(wanted)
-                try:
-                    lock = _claim(folder, wanted, checksums, options.overwrite)
-                except _Busy:
-                    if options.out:
-                        raise
-            write_json(folder / "config.json", wanted)
-            write_json(folder / "env.json", environment(hardware, checksums))
-        except (UsageError, RunError) as problem:
-            error = problem
-        except OSError as problem:
-            error = RunError(f"cannot write the run folder {folder}: {problem.strerror}; choose another with --out")
-    folder, error = engine.broadcast((folder, error))  # every process learns it, and none waits for another
-    try:
-        if error is not None:
-            raise error
-        yield folder
-    finally:
-        if lock is not None:
-            if not is_complete(folder) and not (folder / "checkpoints" / "last" / "training.pt").exists():
-                with contextlib.suppress(OSError):
-                    _empty(folder)
-                    (folder / ".lock").unlink(missing_ok=True)
-                    folder.rmdir()
-            lock.release()
+    with open_run(engine, task, recipe, config, options, environment) as run:
+        for note in run.notes:
+            say(note)
+        if run.result:
+            say(f"{task}: done before, in {run.folder}")
+            yield run, None
+        else:
+            with open_tracker(options.logger, run.folder, engine) as tracker:
+                yield run, tracker
 
 
-def _claim(folder: Path, wanted: dict[str, Any], checksums: dict[str, str], overwrite: bool) -> filelock.BaseFileLock:
-    """Check that the folder may be written for the run `wanted`, and lock it."""
-    if folder.is_file():
-        raise UsageError(f"--out {folder} is a file; give the name of a folder")
-    present = read_json(folder / "config.json")
-    if folder.is_dir() and "task" not in present and any(not _OURS.fullmatch(p.name) for p in folder.iterdir()):
-        raise UsageError(f"--out {folder} exists and is not a run folder; choose another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
-    if lock is None:
-        raise _Busy(f"another process is working in {folder}; wait for it or choose another --out")
-    try:
-        images_changed = read_json(folder / "env.json").get("data_md5", checksums) != checksums
-        other = [k for k in sorted(wanted.keys() | present.keys()) if wanted.get(k) != present.get(k)]
-        if present and (is_complete(folder) or other or images_changed):
-            if not overwrite:
-                if is_complete(folder):
-                    what = "a complete run"
-                elif other:
-                    fields = ", ".join(f"{k} {present.get(k)} instead of {wanted.get(k)}" for k in other[:3])
-                    what = f"an unfinished run with {fields}{', ...' if other[3:] else ''}"
-                else:
-                    what = "an unfinished run on other images: the data have changed since it began"
-                raise UsageError(f"{folder} holds {what}; use --overwrite to replace it, or another --out")
-            _empty(folder)
-        for path in folder.rglob(".*"):  # a killed process may have left a part of a file under its temporary name
-            if path.name != ".lock" and _OURS.fullmatch(path.name) and path.is_file():
-                path.unlink()
-    except BaseException:
-        lock.release()
-        raise
-    return lock
+def environment(hardware: str, checksums: dict[str, str], source: nn.Module | None = None) -> dict[str, Any]:
+    """What a result depends on beside the config: versions, hardware, threads, commit, checksums of what it began from.
 
-
-def _empty(folder: Path) -> None:
-    """Remove everything but the lock; config.json last, so that what is left of it stays known as a run folder."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
-def environment(hardware: str, checksums: dict[str, str]) -> dict[str, Any]:
-    """What a result depends on beside the config: versions, hardware, threads, commit, checksums of the data."""
+    Args:
+        hardware: as `maelab.training.parallel.prepare` says it.
+        checksums: of the images.
+        source: the model that gives the initial weights, if there is one.
+    """
     package = Path(maelab.__file__).parent
     git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     tracked = (package.parent / ".git").exists() and shutil.which("git") is not None
@@ -210,6 +111,7 @@ def environment(hardware: str, checksums: dict[str, str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git_commit": commit or None,
         "data_md5": checksums,
+        "init_sha256": weights_sha256(source),
     }
 
 
@@ -218,20 +120,25 @@ class RunLog:
 
     Args:
         folder: the run folder; None shows nothing and writes nothing (any process but the first).
-        length: bytes of metrics.jsonl to keep: what came after them was not covered by the checkpoint.
+        rows: what the checkpoint says that metrics.jsonl holds. Rows after these are done again and go away; where
+            the file lacks any of them, it is written anew, and the person is told.
         epoch: epochs done so far.
         total_steps: for the bar.
         tracker: gets the metrics too.
     """
 
     def __init__(
-        self, folder: Path | None, length: int, epoch: int, total_steps: int, tracker: Tracker | None = None
+        self, folder: Path | None, rows: str, epoch: int, total_steps: int, tracker: Tracker | None = None
     ) -> None:
-        self._file = None
+        self.rows, self._folder, self._file = rows, folder, None
         if folder is not None:
-            self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - closed by close()
-            self._file.truncate(min(length, self._file.tell()))  # not longer: that would fill it with zeros
-            self._file.seek(0, os.SEEK_END)
+            place, kept = folder / METRICS, rows.encode()
+            before = place.read_bytes() if place.is_file() else b""
+            if not before.startswith(kept):
+                write_atomically(place, kept)
+                say(f"{place} was cut or changed since the checkpoint: its rows are written again from there")
+            self._file = open(place, "a+b")  # noqa: SIM115 - closed by close()
+            self._file.truncate(len(kept))
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
             self._trackers = [self._tensorboard, *([tracker] if tracker else [])]
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
@@ -240,23 +147,27 @@ class RunLog:
         self._total = self._bar.add_task(f"{_whole} starting".lstrip(), total=total_steps)
         self._bar.start()
 
-    @property
-    def length(self) -> int:
-        """Bytes written to metrics.jsonl so far."""
-        return self._file.tell() if self._file else 0
-
     def step(self, step: int, text: str) -> None:
         """Move the bar to `step` and show `text` beside it."""
         self._bar.update(self._total, completed=step, description=f"{_whole}  {text}".lstrip())
 
     def epoch(self, epoch: int, split: str, **values: float) -> None:
-        """Write one row: the metrics of one split after an epoch (counted from 1)."""
-        if self._file is None:
+        """Write one row: the metrics of one split after an epoch (counted from 1).
+
+        Raises:
+            RunError: if the run folder has gone.
+        """
+        row = json.dumps({"epoch": epoch, "split": split, **values}) + "\n"
+        self.rows += row
+        if self._file is None or self._folder is None:
             return
-        self._file.write((json.dumps({"epoch": epoch, "split": split, **values}) + "\n").encode())
+        if not self._folder.is_dir():
+            raise gone(self._folder)
+        self._file.write(row.encode())
         self._file.flush()
         for tracker in self._trackers:
             tracker.log_metrics({f"{split}/{k}": v for k, v in values.items()}, step=epoch)
+        self._tensorboard.experiment.flush()  # its thread prints a traceback if the folder goes while it has work
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -266,6 +177,7 @@ class RunLog:
     def close(self) -> None:
         """Take the bar away and close the files."""
         self._bar.stop()
-        if self._file is not None:
+        if self._file is not None and self._folder is not None:
             self._file.close()
-            self._tensorboard.finalize("success")
+            if self._folder.is_dir():
+                self._tensorboard.finalize("success")

@@ -1,0 +1,62 @@
+"""Run folders: the only room that knows what they hold. Nothing here needs torch."""
+
+from maelab.runs.checkpoints import (
+    Checkpoint,
+    commit,
+    find_checkpoint,
+    last_commit,
+    locate,
+    read_checkpoint,
+    settle,
+)
+from maelab.runs.ensure import (
+    CONFIGS,
+    HoldsAnother,
+    Run,
+    check_out,
+    config_of,
+    environment_of,
+    is_complete,
+    is_run,
+    open_collection,
+    open_run,
+    replace_collection,
+    result_of,
+)
+from maelab.runs.files import as_json, parse_json, read_json, sha256, write_atomically, write_json
+from maelab.runs.listing import as_text, find_runs, known_field, read_metrics, select, summaries, summary
+
+__all__ = [
+    "CONFIGS",
+    "Checkpoint",
+    "HoldsAnother",
+    "Run",
+    "as_json",
+    "as_text",
+    "check_out",
+    "commit",
+    "config_of",
+    "environment_of",
+    "find_checkpoint",
+    "find_runs",
+    "is_complete",
+    "is_run",
+    "known_field",
+    "last_commit",
+    "locate",
+    "open_collection",
+    "open_run",
+    "parse_json",
+    "read_checkpoint",
+    "read_json",
+    "read_metrics",
+    "replace_collection",
+    "result_of",
+    "select",
+    "settle",
+    "sha256",
+    "summaries",
+    "summary",
+    "write_atomically",
+    "write_json",
+]

@@ -1,0 +1,281 @@
+"""The checkpoints of a run folder: the best and the last are committed together, and every file is checked on reading.
+
+    checkpoints/best/model.safetensors, config.json                the best weights, portable
+    checkpoints/last/model.safetensors, config.json, training.pt   the last ones, and what going on needs
+    checkpoints/commit.json                                        the SHA-256 of each of these files
+    checkpoints/previous/                                          the same five and their commit.json, one commit older
+
+`commit.json` is replaced last, and that alone makes a commit: it says by their sums which files belong together. A
+file that it replaced lies in `previous/`, so after a crash at any moment the files of one commit are all there, at
+one of the two places.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maelab.errors import RunError, UsageError
+from maelab.runs.files import as_json, parse_json, put, read_json, sha256, sync_folder, temporary, write_temporary
+
+MODELS = ("MaskedAutoencoderViT", "VisionTransformer", "Linear")  # what a checkpoint may hold
+PRETRAINED = Path(__file__).parents[1] / "pretrained"  # a folder for each name of maelab:NAME
+LARGEST_CONFIG = 2**24  # bytes; a hundred thousand class names fit
+MODEL, CONFIG, TRAINING, COMMIT = "model.safetensors", "config.json", "training.pt", "commit.json"
+PORTABLE = (CONFIG, MODEL)
+NAMES = tuple(f"best/{name}" for name in PORTABLE) + tuple(f"last/{name}" for name in (*PORTABLE, TRAINING))
+_LARGEST = {  # of the numbers that build a model; what is beyond them takes minutes to build or refuse
+    "depth": 1_000, "decoder_depth": 1_000, "embed_dim": 2**16, "decoder_embed_dim": 2**16, "num_heads": 2**12,
+    "decoder_num_heads": 2**12, "patch_size": 2**12, "in_chans": 2**16, "num_classes": 2**20, "mlp_ratio": 2**8,
+    "in_features": 2**20, "out_features": 2**20,
+}  # fmt: skip
+_MAX_SIDE, _MAX_PATCHES = 2**15, 2**20
+
+Content = bytes | Callable[[Path], object]
+
+
+def checkpoints(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return run / "checkpoints"
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def commit(run: Path, files: Mapping[str, Content], about: Mapping[str, Any]) -> None:
+    """Replace some of the checkpoints' files, all of them or none, whatever happens on the way.
+
+    Args:
+        run: the run folder, which must be there.
+        files: what to write, by names of `NAMES`. The others stay.
+        about: what else commit.json says, e.g. the step.
+
+    Raises:
+        RunError: if they cannot be written; the checkpoint before them stands.
+    """
+    folder = checkpoints(run)
+    previous, old = folder / "previous", read_json(folder / COMMIT).get("sha256", {})
+    path = folder
+    try:
+        for part in ("", "best", "last", "previous", "previous/best", "previous/last"):
+            (folder / part).mkdir(exist_ok=True)  # not its parents: a run folder that has gone is not made again
+        sums = {name: old[name] for name in NAMES if name in old and name not in files}
+        for name, content in files.items():
+            path = folder / name
+            sums[name] = sha256(write_temporary(path, content))
+        for name in sums.keys() - files.keys():  # so that previous/ holds all of its commit
+            path = folder / name
+            copied = read_json(previous / COMMIT).get("sha256", {}).get(name) == sums[name]
+            if not (copied and (previous / name).is_file()):
+                put(previous / name, path.read_bytes())
+        for name in files:
+            path = folder / name
+            if path.exists():
+                os.replace(path, previous / name)
+            os.replace(temporary(path), path)
+        for part in ("best", "last", "previous/best", "previous/last"):
+            sync_folder(folder / part)
+        path = folder / COMMIT
+        if path.exists():
+            put(previous / COMMIT, path.read_bytes())
+        put(path, as_json({"format": 1, **about, "sha256": sums}))
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        for name in files:
+            with contextlib.suppress(OSError):
+                temporary(folder / name).unlink()
+        if not run.is_dir():
+            raise gone(run) from error
+        why = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise RunError(f"cannot write {path}: {why}; the checkpoint before it stands") from error
+
+
+def gone(run: Path) -> RunError:
+    """The error for a run folder that somebody removed."""
+    return RunError(f"the run folder {run} has gone: it was moved or removed while the run went on")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def intact(run: Path, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
+    """Where the files of the last commit that is whole lie.
+
+    Args:
+        run: the run folder.
+        names: which files of `NAMES` are needed; a commit that has none of them is passed over.
+
+    Returns:
+        Name -> file, each with the SHA-256 that its commit gives, {} if nothing was ever committed; and in words what
+        was found damaged on the way.
+
+    Raises:
+        RunError: if every commit is damaged.
+    """
+    folder, names, notes = checkpoints(run), tuple(names), list[str]()
+    seen = False
+    for place in (folder, folder / "previous"):
+        if not (place / COMMIT).is_file():
+            if place == folder and (folder / "previous" / COMMIT).is_file():
+                notes.append(f"{place / COMMIT} is missing")
+            continue
+        try:
+            sums = read_json(place / COMMIT)["sha256"]
+            wanted = {name: sums[name] for name in names if name in sums}
+        except (RunError, KeyError, TypeError) as error:
+            seen = True
+            notes.append(str(error) if isinstance(error, RunError) else f"{place / COMMIT} is damaged")
+            continue
+        if not wanted:
+            continue
+        seen, files = True, dict[str, Path]()
+        for name, wanted_sum in wanted.items():
+            for candidate in (folder / name, folder / "previous" / name):
+                with contextlib.suppress(OSError):
+                    if sha256(candidate) == wanted_sum:
+                        files[name] = candidate
+                        break
+        missing = [name for name in wanted if name not in files]
+        if not missing:
+            return files, notes
+        notes.append(f"{folder / missing[0]} is damaged: it is not what was saved (another SHA-256)")
+    if seen:
+        raise RunError(f"{'; '.join(notes[:1])}; and there is no checkpoint before it that is whole")
+    return {}, notes
+
+
+def settle(run: Path) -> list[str]:
+    """Put the files of the last whole commit in their places, as a run that goes on needs them.
+
+    Returns:
+        In words what was found damaged, for the person to read.
+
+    Raises:
+        RunError: see `intact`.
+    """
+    folder = checkpoints(run)
+    files, notes = intact(run, NAMES)
+    if files and notes:  # the commit before the last is the last from here on
+        put(folder / COMMIT, (folder / "previous" / COMMIT).read_bytes())
+    for name, file in files.items():
+        if file != folder / name:
+            put(folder / name, file.read_bytes())
+    return [f"{note}; going on from the checkpoint before it" for note in notes]
+
+
+def last_commit(run: Path) -> dict[str, Any]:
+    """What the last commit says of itself, {} if there is none."""
+    return read_json(checkpoints(run) / COMMIT)
+
+
+def locate(path: str | Path) -> Path:
+    """The folder that `path` means: maelab:NAME is one that comes with maelab, anything else is itself.
+
+    Raises:
+        UsageError: if none of that name comes with maelab.
+    """
+    if not str(path).startswith("maelab:"):
+        return Path(path)
+    name = str(path).removeprefix("maelab:")
+    names = sorted(file.parent.name for file in PRETRAINED.glob(f"*/{MODEL}"))
+    if name not in names:
+        there = f"choose from {', '.join(f'maelab:{other}' for other in names)}" if names else "this copy holds none"
+        raise UsageError(f"no pretrained weights are called {path}; {there}")
+    return PRETRAINED / name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A portable checkpoint that was found: its two files."""
+
+    config: Path
+    model: Path
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint that `path` means: the one in the folder itself, or the best (else the last) of a run folder.
+
+    In a run folder the files are checked by their sums. Where one is damaged, the checkpoint before it is taken, and
+    stderr says so.
+
+    Args:
+        path: run folder, checkpoint folder, or maelab:NAME for one that comes with maelab.
+
+    Raises:
+        UsageError: if there is none.
+        RunError: if it is damaged and no other is there.
+    """
+    path = locate(path)
+    if not path.exists():
+        raise UsageError(f"no run folder or checkpoint at {path}")
+    run, kinds = path, ("best", "last")
+    if (path.parent / COMMIT).is_file() and path.name in kinds:  # a part of a run folder
+        run, kinds = path.parents[1], (path.name,)
+    for kind in kinds:
+        names = [f"{kind}/{name}" for name in PORTABLE]
+        try:
+            files, notes = intact(run, names)
+        except RunError:
+            time.sleep(0.5)  # a run at work may have committed twice in the meantime
+            files, notes = intact(run, names)
+        if files:
+            for note in notes:
+                print(f"maelab: {note}; the checkpoint before it is used", file=sys.stderr)
+            return Checkpoint(*(files[name] for name in names))
+    for folder in (path, *(checkpoints(path) / kind for kind in kinds)):
+        if all((folder / name).is_file() for name in PORTABLE):
+            return Checkpoint(*(folder / name for name in PORTABLE))
+    raise UsageError(f"{path} holds no checkpoint (looked for {MODEL} and {CONFIG}, and for checkpoints/)")
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
+    """What a checkpoint's config.json says.
+
+    Returns:
+        The fields of `maelab.training.checkpoint.ModelSpec`, and the SHA-256 that its weights should have (None if it
+        does not say).
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    file = checkpoint.config
+    try:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it is larger than {LARGEST_CONFIG >> 20} MiB")
+        content = parse_json(file.read_bytes())
+        if content.pop("format") != 1 or content["model"] not in MODELS:
+            raise ValueError("not a format that this version knows")
+        wanted_sum = content.pop("sha256", None)
+        if wrong := (content.keys() ^ {"model", "arguments", "data", "class_names"}) - {"mask_ratio"}:
+            raise ValueError(f"wrong or missing field {min(wrong)}")
+        _check_fields(content)
+        return {**content, "class_names": tuple(content["class_names"])}, wanted_sum
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is damaged or not a maelab checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _check_fields(content: dict[str, Any]) -> None:
+    """Refuse what would take long to build, or fail far from here. Raises ValueError."""
+    arguments, names, ratio = content["arguments"], content["class_names"], content.get("mask_ratio")
+    if not isinstance(arguments, dict) or not isinstance(content["data"], str):
+        raise ValueError("arguments or data are of the wrong kind")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is no list of names")
+    if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio < 1):
+        raise ValueError(f"mask_ratio is {str(ratio)[:20]}")
+    for name, largest in _LARGEST.items():
+        value = arguments.get(name, 0)
+        if not isinstance(value, int | float) or not 0 <= value <= largest:
+            raise ValueError(f"{name} is {str(value)[:20]}, which is not between 0 and {largest}")
+    sides = arguments.get("img_size", [])
+    sides = sides if isinstance(sides, list) else [sides]
+    if not all(isinstance(side, int) and 0 < side <= _MAX_SIDE for side in sides):
+        raise ValueError(f"img_size is {str(sides)[:40]}")
+    if len(sides) == 2 and sides[0] * sides[1] > _MAX_PATCHES * max(1, arguments.get("patch_size", 1)) ** 2:
+        raise ValueError(f"{sides[0]} x {sides[1]} pixels make too many patches")
