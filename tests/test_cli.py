@@ -246,7 +246,8 @@ def test_data_from_files_at_hand(maelab, tmp_path):
     (tmp_path / "files" / "data_batch_1.bin").write_bytes(b"\3" * 3073)
     message = maelab.run("data", "cifar10", "--data-dir", "files", cwd=tmp_path).error()
     assert (
-        message.startswith("--data-dir files has no good copy of cifar10: ") and "data_batch_1.bin has MD5" in message
+        message.startswith("--data-dir files has no good copy of cifar10: ")
+        and "data_batch_1.bin has SHA-256" in message
     )
 
 

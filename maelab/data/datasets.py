@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from maelab.config import DataConfig
-from maelab.data import sources
+from maelab.data import formats, sources
 from maelab.errors import UsageError
 
 _DIGITS = tuple("0123456789")
@@ -175,13 +175,13 @@ def _nearest(spec: str) -> str:
 
 def idx_set(images: bytes, labels: bytes) -> ImageSet:
     """An MNIST-like set from its two IDX files, gzipped or not."""
-    pixels = torch.from_numpy(sources.read_idx(images).copy())  # (N, H, W)
-    return ImageSet(pixels[:, None], torch.from_numpy(sources.read_idx(labels).astype(np.int64)))
+    pixels = torch.from_numpy(formats.read_idx(images).copy())  # (N, H, W)
+    return ImageSet(pixels[:, None], torch.from_numpy(formats.read_idx(labels).astype(np.int64)))
 
 
 def cifar_set(batches: Sequence[bytes]) -> ImageSet:
     """A CIFAR-10-like set from binary batches."""
-    images, labels = zip(*(sources.read_cifar_binary(batch) for batch in batches), strict=True)
+    images, labels = zip(*(formats.read_cifar_binary(batch) for batch in batches), strict=True)
     return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels).astype(np.int64)))
 
 
