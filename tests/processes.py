@@ -66,8 +66,8 @@ class Maelab:
             arguments: of the command.
             cwd: its working directory.
             request: stdin, stdout: a file instead of the usual one; largest_file: bytes, as if the disk were
-                full beyond; die: (end of a path, n, "before" | "after"), kill it when it puts the n-th file of this
-                name in place.
+                full beyond; temp: folder for temporary files; die: (end of a path, n, "before" | "after"), kill it
+                when it puts the n-th such file in place.
         """
         self._started += 1
         out, err = (self._files / f"{self._started}.{end}" for end in ("out", "err"))
@@ -193,6 +193,8 @@ def _serve() -> None:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         if "largest_file" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+        if "temp" in request:
+            tempfile.tempdir = request["temp"]
         if "die" in request:
             _die_at(*request["die"])
         sys.argv = ["maelab", *request["arguments"]]

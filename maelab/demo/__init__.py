@@ -27,7 +27,9 @@ def demo(
     Args:
         runs: run folders or checkpoints of autoencoders and classifiers; none takes the weights that maelab ships.
         images: files, folders or globs to pick from; none takes some of the data the first model was trained on.
-        host: address to listen on.
+        host: address to listen on. A browser has to name this host or localhost (127.0.0.1, [::1]), else it is refused:
+            a foreign page could otherwise lend its own name to this server. With 0.0.0.0 or ::, which other machines
+            reach by many names, any address in numbers and this machine's host name will do.
         port: 0 takes a free one.
         options: where to compute.
         ready: is told the page's address.
@@ -49,8 +51,16 @@ def demo(
 
         from maelab.demo.page import app, build
 
+        guarded = app(build(models, examples), host, listener.getsockname()[0])
         server = uvicorn.Server(
-            uvicorn.Config(app(build(models, examples)), log_level="warning", timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                guarded,
+                log_level="warning",
+                timeout_graceful_shutdown=1,
+                proxy_headers=False,
+                server_header=False,
+                ws="none",
+            )
         )
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listener.getsockname()[1]}/")

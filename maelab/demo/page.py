@@ -6,7 +6,7 @@ Pictures go to the browser as data in the page and come back as data in events, 
 import base64
 import io
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, get_args
@@ -19,17 +19,17 @@ from gradio.themes import Base
 from PIL import Image
 
 from maelab.demo import logic
+from maelab.demo.guard import UPLOAD_BYTES, Guard
 from maelab.demo.logic import Loaded
 from maelab.errors import UsageError
 from maelab.figures import to_picture
 from maelab.inference import MaskKind
 
-UPLOAD_BYTES = 10 * 2**20
-REQUEST_BYTES = UPLOAD_BYTES * 4 // 3 + 2**20  # an upload comes as base64
 BOARD = 140  # pixels of a drawing's side, as board.js sends it
 HERE = Path(__file__).parent
 _TYPES = "image/png,image/jpeg,image/webp,image/bmp"
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # no endpoint for programs
+# No endpoint for programs. Values come as they were sent: of a wrong one handlers say why, Gradio prints a traceback.
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 _EACH = _QUIET | {"trigger_mode": "multiple"}  # one after the other: "always_last" would repeat the first one's data
 _turn = itertools.count()  # makes every value of the patches a new one, so that the page draws it anew
 
@@ -145,16 +145,18 @@ def _read_picked(event: gr.EventData, examples: Sequence[Image.Image], drawing: 
     """The image that was picked. Raises UsageError."""
     sent: dict[str, Any] = event._data or {}
     index, content = sent.get("index"), sent.get("content")
-    if isinstance(index, int):
+    if index is not None:
+        if type(index) is not int or not -1 <= index < len(examples):
+            raise UsageError("there is no such image; reload the page")
         if index == -1 and drawing is None:
             raise UsageError("nothing is drawn yet: draw a digit in the first tab")
-        return drawing if drawing is not None and index == -1 else examples[index % len(examples)]
+        return drawing if drawing is not None and index == -1 else examples[index]
     name = str(sent.get("name", "the file"))[:80]
-    if not isinstance(content, str) or len(content) > REQUEST_BYTES:
+    if content is None:  # sources.js sends no more than its size
         raise UsageError(f"{name} is too large: at most {UPLOAD_BYTES >> 20} MB")
     try:
         return logic.read_upload(base64.b64decode(content, validate=True))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: it did not arrive whole") from error
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
@@ -184,16 +186,20 @@ def _look_tab(
         seen = {"src": _url(Image.fromarray(pixels)), "small": _sharp(pixels), "turn": next(_turn)}
         return seen | {"rows": rows, "cols": cols, "cells": cells}
 
-    def masked(ratio: float, kind: str, seed: int, chosen: Loaded) -> torch.Tensor:
-        kind = kind if kind in get_args(MaskKind) else "random"
-        return logic.choose_mask(kind, chosen.model.grid_size, min(max(float(ratio), 0), 1), int(seed))  # type: ignore
+    def masked(ratio: object, kind: object, seed: int, chosen: Loaded) -> torch.Tensor:
+        if not isinstance(ratio, int | float) or not 0 <= ratio <= 1 or kind not in get_args(MaskKind):
+            raise UsageError("there is no such mask; reload the page")
+        return logic.choose_mask(kind, chosen.model.grid_size, float(ratio), seed)  # type: ignore[arg-type]
 
     def draw(image: Image.Image | None, ratio: float, kind: str, seed: int, *names: str) -> tuple[Any, ...]:
         if image is None:
             return (gr.skip(),) * (1 + columns)
-        chosen = grid_of(*names)
-        mask = masked(ratio, kind, seed, chosen)
-        return patches(image, mask, chosen), *shown(image, mask, *names)
+        try:
+            chosen = grid_of(*names)
+            mask = masked(ratio, kind, seed, chosen)
+            return patches(image, mask, chosen), *shown(image, mask, *names)
+        except UsageError as error:
+            return gr.skip(), _problem(str(error)), *[""] * (columns - 1)
 
     def pick(
         event: gr.EventData, current: Image.Image | None, drawn: Image.Image | None, ratio: float, kind: str, seed: int,
@@ -210,9 +216,9 @@ def _look_tab(
             return [gr.skip()] * columns
         try:
             mask = logic.parse_mask((event._data or {}).get("mask"), grid_of(*names).model.num_patches)
+            return shown(image, mask, *names)
         except UsageError as error:
             return [_problem(str(error)), *[""] * (columns - 1)]
-        return shown(image, mask, *names)
 
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=3600)
@@ -287,8 +293,13 @@ def build(models: Sequence[Loaded], examples: Sequence[Image.Image]) -> gr.Block
         titles = [f"<h3>{escape(chosen.name)}</h3>" for chosen in inside]
         return ["".join(title + part for title, part in zip(titles, parts, strict=True))]
 
+    def named(name: str, *_: str) -> Loaded:
+        if name not in by_name:
+            raise UsageError("there is no such model; reload the page")
+        return by_name[name]
+
     def compare(image: Image.Image, mask: torch.Tensor, *names: str) -> list[str]:
-        return scenes(image, mask, by_name[names[0]].model.grid_size, [by_name[name] for name in names])
+        return scenes(image, mask, named(*names).model.grid_size, map(named, names))
 
     with gr.Blocks(title="maelab demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h2>maelab demo</h2>")
@@ -305,49 +316,23 @@ def build(models: Sequence[Loaded], examples: Sequence[Image.Image]) -> gr.Block
                         gr.Dropdown(list(by_name), value=name, label=f"model {letter}", render=False)
                         for letter, name in zip("AB", by_name, strict=False)
                     ]
-                    grid_of = lambda *names: by_name[names[0]]  # noqa: E731
-                    _look_tab("compare", compare, grid_of, choices, examples, drawing, ratio, 2)
+                    _look_tab("compare", compare, named, choices, examples, drawing, ratio, 2)
     return page
 
 
-def app(page: gr.Blocks) -> FastAPI:
-    """The page as a web application that takes no files and no large requests, and that tells browsers to ask no other
-    host for anything."""
+def app(page: gr.Blocks, host: str, address: str) -> Guard:
+    """The page as a web application that answers to its own page and hands out nothing else.
+
+    Args:
+        page: what `build` made.
+        host: as the server was told, a name or an address.
+        address: that the server listens on.
+    """
     theme = Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     server = gr.mount_gradio_app(
-        FastAPI(openapi_url=None), page, path="/", footer_links=[], run_history=False, show_error=True,
+        FastAPI(openapi_url=None), page, path="/", footer_links=[], run_history=False, show_error=False,
         max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, theme=theme,
         css=(HERE / "page.css").read_text(),
     )  # fmt: skip
-    server.add_middleware(_Guard)  # type: ignore[arg-type]
-    return server
-
-
-_Message = MutableMapping[str, Any]
-_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
-
-
-class _Guard:
-    """Refuses uploads of files, of which the page has none, and bodies above REQUEST_BYTES; adds the policy."""
-
-    def __init__(self, inner: Callable[..., Awaitable[None]]) -> None:
-        self.inner = inner
-
-    async def __call__(
-        self, scope: _Message, receive: Callable[[], Awaitable[_Message]], send: Callable[..., Any]
-    ) -> None:
-        if scope["type"] != "http":
-            return await self.inner(scope, receive, send)
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        chunked = scope["method"] == "POST" and b"content-length" not in dict(scope["headers"])
-        if "/upload" in scope["path"] or chunked or int(length) > REQUEST_BYTES:
-            await send({"type": "http.response.start", "status": 413, "headers": []})
-            return await send({"type": "http.response.body", "body": b"too large, or not taken here"})
-
-        async def send_with_policy(message: _Message) -> None:
-            if message["type"] == "http.response.start":
-                more = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message["headers"] = [*message.get("headers", []), *more]
-            await send(message)
-
-        await self.inner(scope, receive, send_with_policy)
+    page.has_launched = True  # until then, Gradio takes any path for a file of its own
+    return Guard(server, {number: len(event.inputs) for number, event in page.fns.items()}, host, address)
