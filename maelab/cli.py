@@ -27,6 +27,7 @@ import tyro
 from maelab import recipes
 from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import MaelabError, RunError, UsageError
+from maelab.names import csv_cell, visible
 
 Positional = tyro.conf.Positional
 
@@ -99,8 +100,11 @@ def _first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _print(output: Output, result: dict[str, Any], text: str) -> None:
+def _print(output: Output, result: dict[str, Any], *lines: str, styled: bool = False) -> None:
+    """Print the result as JSON, or these lines: each stays one, and a terminal obeys nothing in them, unless they are
+    `styled` for it."""
     if _first_process():  # with --devices, every process comes by
+        text = "\n".join(lines if styled else map(visible, lines))
         print(json.dumps(result) if output.json else text)
 
 
@@ -168,7 +172,7 @@ def data(arguments: list[str]) -> None:
     if not args.names:
         raise UsageError(f"data needs a name: {', '.join(NAMES)}")
     places = {name: str(obtain(name, args.data_dir)) for name in args.names}
-    _print(args.output, {"data": places}, "\n".join(f"{name}: verified, in {place}" for name, place in places.items()))
+    _print(args.output, {"data": places}, *(f"{name}: verified, in {place}" for name, place in places.items()))
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -186,7 +190,7 @@ def pretrain(arguments: list[str]) -> None:
     folder, result = pretrain(args.config, options=args.options, recipe=recipe)
     val, trivial = result["val"], result["mean_predictor_loss"]
     text = f"masked MSE {val['masked_mse']:.4f} on validation (loss {val['loss']:.4f}, mean predictor {trivial:.4f})"
-    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+    _print(args.output, {"run": str(folder), **result}, text, str(folder))
 
 
 def finetune(arguments: list[str]) -> None:
@@ -213,7 +217,7 @@ def finetune(arguments: list[str]) -> None:
     folder, result = finetune(args.config, options=args.options, recipe=recipe)
     test, val = result["test"]["accuracy"], result["val"]["accuracy"]
     text = f"test accuracy {test:.4f} (validation {val:.4f}, best epoch {result['best_epoch']} of {result['epochs']})"
-    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+    _print(args.output, {"run": str(folder), **result}, text, str(folder))
 
 
 def fit(arguments: list[str]) -> None:
@@ -249,7 +253,7 @@ def fit(arguments: list[str]) -> None:
     )
     lines = [result["verdict"], f"next: {result['next']}", f"page: {result['report']}"]
     lines += [f"picture: {result['reconstruction']}", *([f"model: {result['model']}"] if result["model"] else [])]
-    _print(args.output, result, "\n".join(lines))
+    _print(args.output, result, *lines)
 
 
 def probe(arguments: list[str]) -> None:
@@ -269,11 +273,11 @@ def probe(arguments: list[str]) -> None:
 
     folder, result = probe(args.config, options=args.options, recipe=Path(run).name.replace(":", "-"))
     test, val = result["test"], result["val"]
-    text = "\n".join(
+    lines = [
         f"{name} accuracy {test[key]:.4f} on test, {val[key]:.4f} on validation"
         for name, key in (("k-NN", "knn_accuracy"), ("linear", "accuracy"))
-    )
-    _print(args.output, {"run": str(folder), **result}, f"{text}\n{folder}")
+    ]
+    _print(args.output, {"run": str(folder), **result}, *lines, str(folder))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -308,7 +312,7 @@ def evaluate(arguments: list[str]) -> None:
         lines += [f"  {name}: {share:.4f}" for name, share in result["per_class"].items()]
     else:
         lines = [f"masked MSE {result['masked_mse']:.4f} with {result['mask_ratio']:.0%} hidden {where}"]
-    _print(args.output, result, "\n".join(lines))
+    _print(args.output, result, *lines)
 
 
 def reconstruct(arguments: list[str]) -> None:
@@ -357,7 +361,7 @@ def reconstruct(arguments: list[str]) -> None:
         f" mean of the visible pixels {result['visible_mean_mse'][ratio]:.4f}"
         for ratio, error in result["masked_mse"].items()
     ]
-    _print(args.output, result, "\n".join([*lines, result["out"]]))
+    _print(args.output, result, *lines, result["out"])
 
 
 def attention(arguments: list[str]) -> None:
@@ -383,7 +387,7 @@ def attention(arguments: list[str]) -> None:
 
     options = RunOptions(**vars(args.options))
     result = attention(args.run, args.images, count=args.count, seed=args.seed, out=args.out, options=options)
-    _print(args.output, result, f"attention of {result['of']}, over {result['images']} images\n{result['out']}")
+    _print(args.output, result, f"attention of {result['of']}, over {result['images']} images", result["out"])
 
 
 def features(arguments: list[str]) -> None:
@@ -418,7 +422,7 @@ def features(arguments: list[str]) -> None:
         out=args.out,
         options=RunOptions(**vars(args.options)),
     )
-    _print(args.output, result, f"{result['images']} images, {result['dim']} features each\n{result['out']}")
+    _print(args.output, result, f"{result['images']} images, {result['dim']} features each", result["out"])
 
 
 def predict(arguments: list[str]) -> None:
@@ -465,7 +469,7 @@ def predict(arguments: list[str]) -> None:
         for entry in entries:
             count["unreadable" if "error" in entry else "read"] += 1
             if "error" in entry:
-                say(f"cannot read {entry['path']}: {entry['error']}")
+                say(visible(f"cannot read {entry['path']}: {entry['error']}"))
             yield entry
 
     if args.output.json:
@@ -473,7 +477,7 @@ def predict(arguments: list[str]) -> None:
     elif args.csv:
         _predictions_as_csv(noted(), args.top)
     else:
-        _predictions_as_table(noted(), max(map(len, read_spec(args.run).class_names), default=4))
+        _predictions_as_table(noted(), [visible(name) for name in read_spec(args.run).class_names])
     if not count["read"]:
         raise RunError("no image could be read") if count["unreadable"] else UsageError("stdin names no image")
 
@@ -498,20 +502,37 @@ def _predictions_as_json(entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _predictions_as_csv(entries: Iterable[dict[str, Any]], top: int) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # paths are bytes, and stay what they are
     writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     for i, entry in enumerate(entries):
         if i == 0:
             writer.writerow(["path", "error", *(name + rank for rank in ranks for name in ("label", "probability"))])
-        ranked = [value for guess in entry.get("top", ()) for value in (guess["label"], f"{guess['probability']:.6f}")]
-        writer.writerow([entry["path"], entry.get("error", ""), *ranked, *[""] * (2 * top - len(ranked))])
+        ranked = [
+            value
+            for guess in entry.get("top", ())
+            for value in (csv_cell(guess["label"]), f"{guess['probability']:.6f}")
+        ]
+        about = [csv_cell(entry["path"]), csv_cell(entry.get("error", ""))]
+        writer.writerow([*about, *ranked, *[""] * (2 * top - len(ranked))])
 
 
-def _predictions_as_table(entries: Iterable[dict[str, Any]], width: int) -> None:
+def _predictions_as_table(entries: Iterable[dict[str, Any]], names: list[str]) -> None:
     """The path comes last, so that columns stand below each other however long it is."""
+    from rich.cells import cell_len
+
+    width = max((cell_len(name) for name in names if len(name) <= _LONG), default=4)
     for entry in entries:
-        guesses = [f"{guess['label']:{width}s} {guess['probability']:6.1%}" for guess in entry.get("top", ())]
-        print("  ".join([*(guesses or ["unreadable".ljust(width + 7)]), entry["path"]]))
+        guesses = [
+            f"{label}{' ' * (width - cell_len(label))} {guess['probability']:6.1%}"
+            for guess in entry.get("top", ())
+            for label in (visible(guess["label"]),)
+        ]
+        print("  ".join([*(guesses or ["unreadable".ljust(width + 7)]), visible(entry["path"])]))
+
+
+_LONG = 60  # characters of a class's name for which a table leaves no room
 
 
 def runs(arguments: list[str]) -> None:
@@ -544,7 +565,7 @@ def runs(arguments: list[str]) -> None:
         text = _table(chosen, columns)
     else:
         text = f"none of the {len(rows)} runs in {args.dir} fits" if rows else f"there is no run in {args.dir}"
-    _print(args.output, {"runs": chosen}, text)
+    _print(args.output, {"runs": chosen}, text, styled=bool(chosen))
 
 
 _COLUMNS = ("path", "task", "recipe", "seed", "epochs")
@@ -562,7 +583,7 @@ def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in columns:
         numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
-        heading = re.sub(r"([._])", r"\1\n", name)
+        heading = re.sub(r"([._])", r"\1\n", visible(name))
         long = name in ("path", "init", "data")
         table.add_column(
             heading,
@@ -576,11 +597,11 @@ def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
         for name in columns:
             value = row.get(name)
             if name == "epochs" and not row["complete"]:
-                cells.append(f"{row['epochs_done']} of {value}")
+                cells.append(visible(f"{row['epochs_done']} of {value}"))
             elif isinstance(value, float):
                 cells.append(f"{value:.4f}" if "." in name else f"{value:g}")
             else:
-                cells.append("" if value is None else as_text(value))
+                cells.append("" if value is None else visible(as_text(value)))
         table.add_row(*cells, style=None if row["complete"] else "dim")
     terminal = sys.stdout.isatty()
     console = Console(file=io.StringIO(), markup=False, highlight=False, emoji=False, force_terminal=terminal or None)
@@ -629,7 +650,7 @@ def info(arguments: list[str]) -> None:
     for title in ("arguments", "config", "result"):
         values = summary.get(title) or {}
         lines += [f"{title}:"] + [f"  {key} = {value}" for key, value in values.items()] if values else []
-    _print(args.output, summary, "\n".join(lines))
+    _print(args.output, summary, *lines)
 
 
 def sweep(arguments: list[str]) -> None:
@@ -675,9 +696,7 @@ def sweep(arguments: list[str]) -> None:
         named = ", ".join(f"{k} {v}" for k, v in row["settings"].items())
         judged = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float))
         lines.append(f"{named}: {row.get('error') or judged}")
-    _print(
-        args.output, {"run": str(out), **result}, "\n".join([*lines, f"best on validation: {result['best']}", str(out)])
-    )
+    _print(args.output, {"run": str(out), **result}, *lines, f"best on validation: {result['best']}", str(out))
     if any("error" in row for row in result["cells"]):
         raise RunError("some cells failed; the same command tries them again")
 
@@ -741,7 +760,7 @@ def export(arguments: list[str]) -> None:
         else:
             text = f"cost not measured: {cost['not_measured']}"
         lines.append(f"int8: {text}")
-    _print(args.output, result, "\n".join([*lines, result["out"]]))
+    _print(args.output, result, *lines, result["out"])
 
 
 def demo(arguments: list[str]) -> None:
@@ -841,7 +860,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go away
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths are bytes: those that are no text stay what they are
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot show ends no command
     try:
         _run(arguments)
         sys.stdout.flush()
@@ -862,7 +881,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError:  # it may be what failed, and would fail again at exit
         _drop_stdout()
     if _first_process():
-        print(f"maelab: {message}", file=sys.stderr)
+        print(visible(f"maelab: {message}"), file=sys.stderr)
     return status
 
 

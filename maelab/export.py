@@ -7,6 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import LAYER_NORM_EPS, Block
+from maelab.names import encodable
 from maelab.runs import config_of, write_atomically, write_json
 from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
 from maelab.weights import to_hugging_face
@@ -76,7 +78,9 @@ def export(
     result: dict[str, Any] = {"run": str(run), "format": format, "out": str(out)}
     if format == "safetensors":
         save_model(out, spec, model.state_dict())
-    elif format == "timm":
+        return result
+    spec = replace(spec, class_names=tuple(map(encodable, spec.class_names)))  # other tools take text alone
+    if format == "timm":
         result |= {"arguments": _to_timm(model, spec, out)}
     elif format == "hf":
         _to_folder(model, spec, out)

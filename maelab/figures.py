@@ -1,6 +1,9 @@
 """Pictures of a run, from arrays and metrics. Needs no torch: anything that numpy takes is an image."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,40 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
+from maelab.names import short, visible
 from maelab.runs import write_atomically
 
 DPI = 150
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
+NAME, LINE, LINES = 16, 240, 12  # characters of a class's name; of a line, and lines of a text, beyond which it is cut
+
+
+@contextlib.contextmanager
+def literal(figure: Figure) -> Iterator[None]:
+    """Draw every text of a figure as it is written, whoever wrote it: no formula, no character that does something.
+
+    A character that the font lacks is drawn as a box.
+    """
+
+    def plain(text: str) -> str:
+        return "\n".join(short(line, LINE) for line in text.split("\n")[:LINES])
+
+    for ax in figure.axes:  # the labels of ticks are written when they are drawn
+        for axis in (ax.xaxis, ax.yaxis):
+            for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
+                written = formatter.format_ticks
+                formatter.format_ticks = lambda values, written=written: [plain(text) for text in written(values)]
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(plain(text.get_text()))
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    with plt.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -25,9 +56,23 @@ def save_figure(figure: Figure, file: Path) -> None:
         RunError: if it cannot be written.
     """
     try:
-        write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
+        with literal(figure):
+            write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
     finally:
         plt.close(figure)
+
+
+@contextlib.contextmanager
+def optional(failure: str) -> Iterator[None]:
+    """Let what is inside fail without the result that it belongs to: one line on stderr says `failure` and why."""
+    before = plt.get_fignums()
+    try:
+        yield
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(visible(f"{failure}: {why}; the result stands"), file=sys.stderr)
+        for number in set(plt.get_fignums()) - set(before):
+            plt.close(number)
 
 
 def to_picture(image: Any) -> np.ndarray:
@@ -93,7 +138,7 @@ def reconstructions(
         canvas, rows_at, columns_at = _mosaic(rows)
         ax.imshow(canvas, interpolation="nearest")
         ax.set_yticks(rows_at, names)
-        ax.set_xticks(columns_at[: len(columns)], [_short(name) for name in columns], fontsize=8)
+        ax.set_xticks(columns_at[: len(columns)], [short(name, NAME) for name in columns], fontsize=8)
         ax.tick_params(length=0, labeltop=True, labelbottom=False)
         ax.spines[:].set_visible(False)
         ax.set_title(title, loc="left", fontsize=10)
@@ -160,7 +205,7 @@ def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
         zoom = min(960 / picture.width, 480 / picture.height)
         how = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
         zoom = int(zoom) if zoom >= 1 else zoom
-        titles.append(title)
+        titles.append(short(title, LINE))
         pictures.append(picture.resize((round(picture.width * zoom), round(picture.height * zoom)), how))
     width = max(pictures[0].width, *(int(font.getlength(title)) + 8 for title in titles))
     for i, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
@@ -203,10 +248,6 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
     save_figure(figure, file)
 
 
-def _short(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
 def predictions(
     file: Path, images: Any, labels: Sequence[int] | None, probabilities: Any, class_names: Sequence[str]
 ) -> None:
@@ -228,9 +269,9 @@ def predictions(
     for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
         guess = int(probabilities[i].argmax())
         wrong = labels is not None and guess != int(labels[i])
-        title = f"{_short(class_names[guess])} ({probabilities[i, guess]:.0%})"
+        title = f"{short(class_names[guess], NAME)} ({probabilities[i, guess]:.0%})"
         if wrong:
-            title += f"\nis {_short(class_names[int(labels[i])])}"  # type: ignore[index]
+            title += f"\nis {short(class_names[int(labels[i])], NAME)}"  # type: ignore[index]
         ax.imshow(to_picture(image), interpolation="nearest")
         ax.set_title(title, fontsize=8, color="#c44e52" if wrong else "black")
     save_figure(figure, file)
@@ -258,7 +299,7 @@ def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:
                 ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
     size = min(7.0, 400 / n)
     turned = {"rotation": 60, "ha": "right"} if max(map(len, class_names), default=0) > 3 else {}
-    names = [_short(name) for name in class_names]
+    names = [short(name, NAME) for name in class_names]
     ax.set_xticks(range(n), names, fontsize=size, **turned)
     ax.set_yticks(range(n), names, fontsize=size)
     ax.set_xlabel("predicted", fontsize=9)
@@ -289,7 +330,7 @@ def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields:
         ink = plt.rcParams["text.color"] if missing else "white" if dark else "black"  # none: on bare paper
         text = "none" if missing else f"{table[i, j]:.4f}"
         ax.text(j, i, text, ha="center", va="center", fontsize=9, color=ink)
-    ax.set_xticks(range(len(columns)), [str(c) for c in columns])
-    ax.set_yticks(range(len(rows)), [str(r) for r in rows])
+    ax.set_xticks(range(len(columns)), [short(str(c), 2 * NAME) for c in columns])
+    ax.set_yticks(range(len(rows)), [short(str(r), 2 * NAME) for r in rows])
     ax.set(xlabel=fields[1].replace("_", " "), ylabel=fields[0].replace("_", " "), title=title.replace("_", " "))
     save_figure(figure, file)

@@ -99,7 +99,7 @@ def _sweep(
         name = ",".join(f"{field}={value}" for field, value in settings)
         row: dict[str, Any] = {"settings": dict(settings)}
         title, begun = f"cell {number} of {len(cells)}: {name.replace(',', ', ')}", time.perf_counter()
-        place = out / name.replace("/", "_")
+        place = out / name.replace("/", "%2F")  # a value is no path
         fresh = not is_complete(place / "finetune")
         if first_process():
             write_json(out / MARKER, _ranked(rows, complete=False))
@@ -123,9 +123,10 @@ def _sweep(
     if len(fields) == 2:
         for judgement in JUDGEMENTS:
             values = {tuple(row["settings"].values()): row.get(judgement) for row in rows}
-            figures.heat_map(
-                out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
-            )
+            with figures.optional(f"the picture {judgement}.png could not be drawn"):
+                figures.heat_map(
+                    out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
+                )
     return result
 
 

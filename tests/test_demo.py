@@ -1,6 +1,7 @@
 """The demo: its functions by themselves, and its page in a real browser."""
 
 import io
+import os
 import re
 import shutil
 import signal
@@ -405,3 +406,15 @@ def test_the_page_asks_no_other_host_and_stores_nothing(opened):
     folders = list(opened.temp.iterdir())
     assert len(folders) >= 1
     assert [file for folder in folders for file in folder.rglob("*") if file.is_file()] == []
+
+
+def test_names_of_classes_are_no_markup_and_can_be_sent(tmp_path):
+    pytest.importorskip("gradio")
+    from maelab.demo import page
+
+    names = ("<img src=x onerror=alert(1)>", os.fsdecode(b"caf\xe9"))
+    spec = ModelSpec("VisionTransformer", {**SHAPE, "img_size": (28, 28), "in_chans": 1, "num_classes": 2}, "x", names)
+    save_model(tmp_path / "<b>\n", spec, spec.build().state_dict())
+    (chosen,) = logic.load_models([str(tmp_path / "<b>\n")], RunOptions(device="cpu", threads=1))
+    html = page.scene(chosen, Image.new("L", (28, 28)), torch.zeros(1, 16))
+    assert html.encode() and names[0] not in html and r"caf\xe9" in html and chosen.name == r"<b>\n"

@@ -1,6 +1,7 @@
 """What `maelab export` writes, opened by those it is for: transformers, onnxruntime, a process without torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +287,23 @@ def test_a_linear_probe_is_refused_and_json_is_one_object(tmp_path, maelab):
     checkpoint(tmp_path / "run", VisionTransformer)
     said = maelab.run("export", "run", "--format", "timm", "--json", cwd=tmp_path).json()
     assert said["out"] == "run-timm.safetensors" and json.dumps(said["arguments"])
+
+
+def test_names_of_classes_are_text_that_other_tools_can_read(tmp_path):
+    """Bytes of a folder's name that are no UTF-8 become \\xe9: unlike \ufffd, two such classes stay two."""
+    onnx = pytest.importorskip("onnx")
+    names = tuple(map(os.fsdecode, (b"caf\xe8", b"caf\xe9", "a\nb $x_{$ \N{GRINNING FACE}".encode())))
+    text = [r"caf\xe8", r"caf\xe9", names[2]]
+    shape = {**SHAPE, "num_classes": 3, "global_pool": "token", "class_token": True}
+    spec = ModelSpec("VisionTransformer", shape, "folder:x", names)
+    save_model(tmp_path / "model", spec, spec.build().state_dict())
+    export(tmp_path / "model", format="onnx", out=tmp_path / "m.onnx")
+    props = {prop.key: prop.value for prop in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
+    assert json.loads(props["class_names"]) == text
+    export(tmp_path / "model", format="timm", out=tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["maelab"])["class_names"] == text
+    export(tmp_path / "model", format="hf", out=tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["label2id"] == {n: i for i, n in enumerate(text)}
+    export(tmp_path / "model", format="safetensors", out=tmp_path / "ours")
+    assert load_model(tmp_path / "ours")[1].class_names == names, "maelab's own format is exact"

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "maelab"
 # From the bottom up: a unit (a module, or a package with all in it) imports only units of lower layers. Units of one
 # layer do not import each other, apart from SIBLINGS.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "native"),
+    ("errors", "names", "native"),
     ("config", "model"),
     ("recipes", "runs", "data", "weights"),
     ("training", "inference", "figures"),

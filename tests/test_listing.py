@@ -148,7 +148,7 @@ def test_the_table(runs, maelab):
         "runs/sweep/a,b=1/probe": ["probe", "sweep", "1", "of", "5"],
     }
     os.rename(runs / "mae-10", os.fsencode(runs / "mae-") + b"\xff")
-    assert "mae-\udcff" in maelab.run("runs", cwd=runs.parent).out, "a name that is no text stays what it is"
+    assert r"mae-\xff" in maelab.run("runs", cwd=runs.parent).out, "a name that is no text shows its bytes"
     chosen = maelab.run("runs", "runs", "--columns", "path,params", "--filter", "params>1", cwd=runs.parent)
     assert [line.split() for line in chosen.out.splitlines()[2:]] == [["runs/mae-2", "1000"]]
 

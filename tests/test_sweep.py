@@ -65,3 +65,13 @@ def test_a_wrong_grid_is_refused_before_any_work(grid, message, maelab, tmp_path
     ended = maelab.run("sweep", "smoke", *grid, cwd=tmp_path)
     assert ended.status == 2 and message in ended.error()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_is_a_path_does_not_lead_out_of_the_folder(maelab, digits_folder, tmp_path):
+    (work := tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    (tmp_path / "digits").symlink_to(digits_folder)
+    grid = ("--data", "folder:../../../../digits", "--grid", "data=folder:../../../../digits")
+    ended = maelab.run("sweep", "smoke", *grid, *SMALL, "--threads", "1", "--out", "out", cwd=work)
+    assert ended.status == 0, ended
+    assert [path.name for path in work.iterdir()] == ["out"]
+    assert (work / "out" / "data=folder:..%2F..%2F..%2F..%2Fdigits" / "finetune" / "result.json").is_file()

@@ -30,6 +30,7 @@ from maelab.inference import (
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
+from maelab.names import visible
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
 
@@ -71,8 +72,8 @@ def load_models(runs: Sequence[str], options: RunOptions) -> list[Loaded]:
         if not isinstance(model, VisionTransformer):
             raise UsageError(f"{run} is a linear probe; demo needs autoencoders or fine-tuned classifiers")
         prepare(model.to(engine.device), engine, options)
-        name = Path(run).name
-        models.append(Loaded(name if all(m.name != name for m in models) else str(run), model, spec))
+        name = visible(Path(run).name)
+        models.append(Loaded(name if all(m.name != name for m in models) else visible(str(run)), model, spec))
     return models
 
 

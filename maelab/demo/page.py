@@ -24,6 +24,7 @@ from maelab.demo.logic import Loaded
 from maelab.errors import UsageError
 from maelab.figures import to_picture
 from maelab.inference import MaskKind
+from maelab.names import visible
 
 BOARD = 140  # pixels of a drawing's side, as board.js sends it
 HERE = Path(__file__).parent
@@ -58,7 +59,8 @@ def _sharp(picture: Any) -> str:
 def _bars(title: str, rows: Iterable[tuple[str, float, str, bool]], kind: str = "") -> str:
     """Rows of (name, length from 0 to 1, what to write, whether it is the best)."""
     lines = "".join(
-        f'<div class="bar{" best" * best}"><b>{escape(name)}</b><i><u style="width:{100 * length:.1f}%"></u></i>'
+        f'<div class="bar{" best" * best}"><b>{escape(visible(name))}</b>'
+        f'<i><u style="width:{100 * length:.1f}%"></u></i>'
         f"<span>{escape(text)}</span></div>"
         for name, length, text, best in rows
     )
@@ -75,7 +77,7 @@ def _cards(*cards: str) -> str:
 
 
 def _problem(text: str) -> str:
-    return f'<p class="problem" role="alert">{escape(text)}</p>' if text else ""
+    return f'<p class="problem" role="alert">{escape(visible(text))}</p>' if text else ""
 
 
 def scene(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from maelab.errors import RunError, UsageError
+from maelab.names import visible
 from maelab.report.groups import command, load, sweep_command
 from maelab.report.pieces import Better, Material
 from maelab.report.sections import sections
@@ -49,11 +51,12 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         for file in drawings if figures is not None else []:
             write_atomically(figures / file.name, file.read_bytes())  # type: ignore[operator]
     for _, problem in problems:
-        print(f"maelab: left out: {' '.join(problem.split())}", file=sys.stderr)
+        print(visible(f"maelab: left out: {' '.join(problem.split())}"), file=sys.stderr)
     names = [file.name for file in folders]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("maelab.report", "."),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

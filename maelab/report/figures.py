@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from maelab.errors import RunError
 from maelab.figures import save_figure
+from maelab.names import short
 from maelab.report.groups import Group, mean_sd, number
 
 COLOURS = ("#2f7ed8", "#e07b1a", "#2e9e6b", "#a05cc5", "#d1495b", "#1a9fb0", "#a0763a", "#8a8f98")
@@ -25,7 +25,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.alpha": 0.25,
-    "text.parse_math": False,  # a $ in a name is a $
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -45,8 +44,7 @@ def paper(kind: str) -> Iterator[None]:
         "axes.facecolor": back,
         "savefig.facecolor": back,
     } | dict.fromkeys(INKED, ink)
-    with plt.rc_context({**STYLE, **colours}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
+    with plt.rc_context({**STYLE, **colours}):
         yield
 
 
@@ -68,7 +66,7 @@ def drawn(folder: Path, name: str, draw: Callable[..., None], *arguments: Any) -
 def _legend(figure: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        wrapped = [textwrap.fill(label, 64) for label in labels]
+        wrapped = [textwrap.fill(short(label, 3 * 64), 64) for label in labels]
         figure.legend(handles, wrapped, loc="outside lower left", ncols=1, handlelength=1.4)
 
 
@@ -126,7 +124,9 @@ def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) ->
             mean, y, xerr=deviation or None, fmt="o", color=COLOURS[y % 8], capsize=4, markersize=7, linewidth=2
         )
         ax.plot(values, [y] * len(values), "|", color=COLOURS[y % 8], markersize=9, alpha=0.8)
-        ax.annotate(name, (0, y), (2, 7), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
+        ax.annotate(
+            short(name, 120), (0, y), (2, 7), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9
+        )
     ax.set(xlabel=label, yticks=[], ylim=(len(rows) - 0.5, -0.75))
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)

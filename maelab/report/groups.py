@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from maelab import recipes
 from maelab.config import Augment, FinetuneConfig, ProbeConfig
 from maelab.errors import RunError, UsageError
+from maelab.names import shell_word
 from maelab.runs import CONFIGS, config_of, environment_of, find_runs, is_complete, read_json, read_metrics, result_of
 
 MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
@@ -372,7 +372,7 @@ def command(run: Run) -> str:
     words += [w for k in fields if k in base and run.asked[k] != base[k] for w in _flag(k, run.asked[k])]
     if "--seed" not in words:
         words += ["--seed", str(run.config["seed"])]
-    return shlex.join([*words, "--out", run.name])
+    return " ".join(map(shell_word, [*words, "--out", run.name]))
 
 
 def sweep_command(sweep: Sweep) -> str:
@@ -389,7 +389,7 @@ def sweep_command(sweep: Sweep) -> str:
         words += [word for k in changed for word in _flag(k, pretrain.asked[k])]
     if finetune:
         words += ["--finetune-epochs", str(finetune.config["epochs"])]
-    return shlex.join(["maelab", "sweep", recipe, *words, "--out", sweep.name])
+    return " ".join(map(shell_word, ["maelab", "sweep", recipe, *words, "--out", sweep.name]))
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maelab.errors import RunError
+from maelab.names import visible
 from maelab.report.figures import data_uri, drawn, picture
 from maelab.report.groups import (
     AUGMENT,
@@ -160,7 +161,7 @@ def slug(*words: object) -> str:
     """A name for a file, from words that may hold anything."""
     whole = "-".join(str(word) for word in words)
     kept = "-".join(re.findall("[a-z0-9]+", whole.lower()))
-    return kept if len(kept) <= 80 else f"{kept[:70]}-{zlib.crc32(whole.encode()):08x}"
+    return kept if len(kept) <= 80 else f"{kept[:70]}-{zlib.crc32(visible(whole).encode()):08x}"
 
 
 def validated(group: Group) -> float:

@@ -16,6 +16,7 @@ from maelab.data.folder import read_batches
 from maelab.errors import RunError, UsageError
 from maelab.inference import extract_features
 from maelab.model import VisionTransformer
+from maelab.names import encodable, visible
 from maelab.runs import config_of, locate, write_atomically
 from maelab.training.checkpoint import choose_part, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
@@ -78,10 +79,10 @@ def features(
             for path, problem in batch:
                 if isinstance(problem, str):
                     unreadable += 1
-                    say(f"cannot read {path}: {problem}")
+                    say(visible(f"cannot read {path}: {problem}"))
             good = [(path, image) for path, image in batch if not isinstance(image, str)]
             if good:
-                read += [path.encode(errors="replace").decode() for path, _ in good]
+                read += [encodable(path) for path, _ in good]
                 parts.append(extracted(torch.stack([image for _, image in good])))
         if not read:
             raise RunError("no image could be read")
@@ -98,7 +99,10 @@ def features(
         assert source is not None
         columns |= {"features": extracted(source.images[part.images]), "index": part.images.numpy()}
         if part.labels is not None:
-            columns |= {"label": part.labels.numpy(), "class_names": np.array(dataset.class_names)}
+            columns |= {
+                "label": part.labels.numpy(),
+                "class_names": np.array([encodable(name) for name in dataset.class_names]),
+            }
     n, dim = columns["features"].shape
     buffer = io.BytesIO()
     if out.suffix == ".npz":

@@ -176,16 +176,20 @@ def finetune(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
-            order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
-            fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
-            wrong, right = order[~fits], order[fits]
-            shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
-            figures.predictions(
-                run.figure("predictions"), scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
-                probabilities[shown].cpu(), data.class_names,
-            )  # fmt: skip
-            figures.confusion(run.figure("confusion"), counts, data.class_names)
-            log_outcome(tracker, folder, result)
+            with figures.optional("the picture curves.png could not be drawn"):
+                figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
+            with figures.optional("the picture predictions.png could not be drawn"):
+                order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
+                fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
+                wrong, right = order[~fits], order[fits]
+                shown = torch.cat([right[: PICTURED - min(len(wrong), PICTURED // 3)], wrong[: PICTURED // 3]])
+                figures.predictions(
+                    run.figure("predictions"), scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
+                    probabilities[shown].cpu(), data.class_names,
+                )  # fmt: skip
+            with figures.optional("the picture confusion.png could not be drawn"):
+                figures.confusion(run.figure("confusion"), counts, data.class_names)
+            with figures.optional("the tracker did not get the whole outcome"):
+                log_outcome(tracker, folder, result)
             run.finish(result)
         return folder, result

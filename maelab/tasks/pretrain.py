@@ -179,13 +179,16 @@ def pretrain(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            shown = scale(some(val_set, PICTURED, config.split_seed).images[:])
-            mask = make_mask("random", model.grid_size, len(shown), config.mask_ratio, config.seed)
-            masked, rebuilt, error = reconstruct_images(model, shown, mask)
-            group = (caption(model, hidden, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
-            figures.reconstructions(run.figure("reconstructions"), [group])
-            figures.curves(run.figure("curves"), read_metrics(folder))
-            log_outcome(tracker, folder, result)
+            with figures.optional("the picture reconstructions.png could not be drawn"):
+                shown = scale(some(val_set, PICTURED, config.split_seed).images[:])
+                mask = make_mask("random", model.grid_size, len(shown), config.mask_ratio, config.seed)
+                masked, rebuilt, error = reconstruct_images(model, shown, mask)
+                group = (caption(model, hidden, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
+                figures.reconstructions(run.figure("reconstructions"), [group])
+            with figures.optional("the picture curves.png could not be drawn"):
+                figures.curves(run.figure("curves"), read_metrics(folder))
+            with figures.optional("the tracker did not get the whole outcome"):
+                log_outcome(tracker, folder, result)
             run.finish(result)
         return folder, result
 

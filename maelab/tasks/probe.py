@@ -111,7 +111,9 @@ def probe(
             "images_per_s": outcome.images_per_s,
         }
         if engine.is_global_zero:
-            figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
-            log_outcome(tracker, folder, result)
+            with figures.optional("the picture curves.png could not be drawn"):
+                figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
+            with figures.optional("the tracker did not get the whole outcome"):
+                log_outcome(tracker, folder, result)
             run.finish(result)
         return folder, result

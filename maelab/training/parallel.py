@@ -175,7 +175,8 @@ def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -
     figures, best = folder / "figures", find_checkpoint(folder).model.parent
     experiment, run = cast(Any, tracker).experiment, cast(Any, tracker).version
     if hasattr(experiment, "log_artifacts"):  # MLflow's client
-        experiment.log_artifacts(run, str(figures), "figures")
+        if figures.is_dir():
+            experiment.log_artifacts(run, str(figures), "figures")
         experiment.log_artifacts(run, str(best), "model")
     else:
         for picture in sorted(figures.glob("*.png")):

@@ -17,13 +17,14 @@ from torch import nn
 
 import maelab
 from maelab.config import RunOptions
+from maelab.names import visible
 from maelab.runs import Run, open_run, write_atomically
 from maelab.runs.checkpoints import gone
 from maelab.runs.listing import METRICS
 from maelab.training.checkpoint import weights_sha256
 from maelab.training.parallel import Engine, Tracker, open_tracker, tensorboard
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 _whole = ""  # what the runs of the moment are a part of
@@ -48,7 +49,7 @@ def first_process() -> bool:
 def say(text: str) -> None:
     """Print a line for people, on stderr; of several processes only the first speaks, and none as part of a whole."""
     if first_process() and not _whole:
-        console.print(text, markup=False)
+        console.print(visible(text), markup=False)
 
 
 def in_words(seconds: float) -> str:
@@ -141,7 +142,7 @@ class RunLog:
             self._file.truncate(len(kept))
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
             self._trackers = [self._tensorboard, *([tracker] if tracker else [])]
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
         silent = folder is None or not console.is_terminal
         self._bar = Progress(*columns, console=console, transient=True, disable=silent)
         self._total = self._bar.add_task(f"{_whole} starting".lstrip(), total=total_steps)
