@@ -15,6 +15,7 @@ from maelab.data import load
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
 from maelab.tasks.pretrain import model_spec
+from maelab.training import blocks
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
 
 MODES = ("fp32", "autocast", "native")
@@ -26,8 +27,8 @@ def losses(config: PretrainConfig, mode: str, steps: int) -> list[float]:
     data = load(config.data)
     torch.manual_seed(config.seed)
     model = model_spec(config, data).build().train()
-    for block in (m for m in model.modules() if hasattr(m, "native")):
-        block.native = mode == "native"  # type: ignore[assignment]
+    if mode == "native":
+        blocks.install(model)
     optimizers = build_optimizers(model, config)
     curve = []
     for step in range(steps):

@@ -19,17 +19,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from maelab import recipes
+from maelab import native, recipes
 from maelab.config import FinetuneConfig, PretrainConfig
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
 from maelab.errors import MaelabError, UsageError
 from maelab.export import export
-from maelab.model import fast
-from maelab.model.vit import Block
 from maelab.runs import write_atomically, write_json
 from maelab.tasks import finetune, pretrain
+from maelab.training import blocks
 from maelab.training.checkpoint import load_model
 from maelab.training.optim import build_optimizers
 from maelab.training.parallel import choose_precision
@@ -85,8 +84,10 @@ def _our_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: s
     else:
         model = finetune.model_spec(config, dataset).build()
     model.to(device).train()
-    optimizers = build_optimizers(model, config)
     bf16 = choose_precision(config.precision, device) == "bf16"
+    if bf16 and device == "cpu":
+        blocks.install(model)
+    optimizers = build_optimizers(model, config)
 
     def step(number: int) -> None:
         images, labels = _batch(config, data, number)
@@ -222,9 +223,7 @@ def _serving_step(who: str, batch_size: int) -> Step:
     model = load_model(SERVED)[0].eval()
     images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if who in ("torch", "native"):
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.native = fast.available()
+        blocks.install(model)
 
         def in_torch(number: int) -> None:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=who == "native"):
@@ -393,7 +392,7 @@ def bench(
     versions = environment(device, {}) | {"transformers": transformers.__version__}
     result = {
         "cases": results, "date": now.isoformat(timespec="seconds"), "repeats": repeats,
-        "kernels": fast.reason() if device == "cpu" else "torch", "environment": versions,
+        "kernels": native.reason() if device == "cpu" else "torch", "environment": versions,
     }  # fmt: skip
     titles = {"Whole training steps, images per second, medians": COLUMNS}
     titles["Classifying, images per second, medians"] = {f"{who}_images_per_s": SERVERS[who] for who in SERVERS}

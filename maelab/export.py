@@ -240,9 +240,6 @@ def _to_onnx(
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise UsageError(f"--format onnx needs the package {error.name}: pip install 'maelab[export]'") from None
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.native = False  # maelab's own kernels are no part of ONNX
     network = model if model.num_classes else _Features(model)
     name = "logits" if model.num_classes else "features"
     generator = torch.Generator().manual_seed(0)

@@ -1,22 +1,27 @@
 """The native blocks: errors against float32 no larger than autocast's own, for outputs and every gradient."""
 
-import os
-import subprocess
-import sys
+import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
-from maelab.model import MaskedAutoencoderViT, VisionTransformer, fast
+from maelab import native
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import Block
+from maelab.native import block as native_block
+from maelab.training import blocks
 
-native = pytest.mark.skipif(not fast.available(), reason=f"no native kernels: {fast.reason()}")
+needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch):
-    """Call it to take the blocks through plain torch from then on."""
-    return lambda: monkeypatch.setattr(fast, "usable", lambda *_: False)
+def plain(model: nn.Module) -> None:
+    """Take the blocks through plain torch from now on."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.fast = None
 
 
 def block_with_spread(dim: int, heads: int, **options) -> Block:
@@ -24,7 +29,14 @@ def block_with_spread(dim: int, heads: int, **options) -> Block:
     block = Block(dim, heads, **options)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.08 if p.ndim > 1 else 0.3)
+    block.fast = blocks.run
     return block
+
+
+def taken(block: Block, x: torch.Tensor, tail: int | None = None) -> bool:
+    """Whether the kernels serve this call."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return blocks.run(block, x, tail) is not None
 
 
 def results(
@@ -59,42 +71,41 @@ SHAPES = [  # D, heads, L, tail, B
 ]
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize(("D", "heads", "L", "tail", "B"), SHAPES)
-def test_block_matches_float32_as_well_as_autocast_does(plain, D: int, heads: int, L: int, tail: int | None, B: int):
+def test_block_matches_float32_as_well_as_autocast_does(D: int, heads: int, L: int, tail: int | None, B: int):
     torch.manual_seed(0)
     block, x = block_with_spread(D, heads), torch.randn(B, L, D) * 1.5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert fast.usable(block, x)
-    native = results(block, x, True, tail)
-    plain()
+    assert taken(block, x, tail)
+    ours = results(block, x, True, tail)
+    plain(block)
     exact, autocast = results(block, x, False, tail), results(block, x, True, tail)
     for name in exact:
-        assert error(native[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + 1e-4, name
+        assert error(ours[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + 1e-4, name
 
 
-@native
-def test_no_qkv_bias_and_other_mlp_width(plain):
+@needs_kernels
+def test_no_qkv_bias_and_other_mlp_width():
     torch.manual_seed(0)
     block, x = block_with_spread(96, 3, mlp_ratio=2.0, qkv_bias=False), torch.randn(4, 20, 96)
-    native = results(block, x, True)
-    plain()
+    ours = results(block, x, True)
+    plain(block)
     for name, exact in results(block, x, False).items():
-        assert error(native[name], exact) < 0.02, name
+        assert error(ours[name], exact) < 0.02, name
 
 
-@native
-def test_drop_path_drops_the_same_samples(plain):
+@needs_kernels
+def test_drop_path_drops_the_same_samples():
     block, x = block_with_spread(96, 3, drop_path=0.5), torch.randn(16, 10, 96)
     torch.manual_seed(5)
-    native = results(block, x, True)
-    plain()
+    ours = results(block, x, True)
+    plain(block)
     torch.manual_seed(5)
     for name, exact in results(block, x, False).items():
-        assert error(native[name], exact) < 0.02, name
+        assert error(ours[name], exact) < 0.02, name
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6])
 def test_gradients_of_any_size_are_as_exact(size: float):
     torch.manual_seed(0)
@@ -106,7 +117,7 @@ def test_gradients_of_any_size_are_as_exact(size: float):
         assert error(of_size[name], scale * of_one[name]) < 0.01, name
 
 
-@native
+@needs_kernels
 def test_same_input_same_bits():
     torch.manual_seed(0)
     block, x = block_with_spread(192, 3), torch.randn(64, 65, 192)
@@ -114,7 +125,7 @@ def test_same_input_same_bits():
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-@native
+@needs_kernels
 def test_frozen_parameters_get_no_gradient():
     block = block_with_spread(96, 3)
     for p in block.attn.parameters():
@@ -129,7 +140,7 @@ def test_frozen_parameters_get_no_gradient():
     assert x.grad is not None and all(p.grad is None for p in block.parameters())
 
 
-@native
+@needs_kernels
 def test_gradients_accumulate():
     torch.manual_seed(0)
     block, x = block_with_spread(96, 3), torch.randn(6, 9, 96)
@@ -143,9 +154,9 @@ def test_gradients_accumulate():
         assert p.grad is not None and error(p.grad, g) < 1e-2
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("class_token", [True, False])
-def test_whole_models(plain, class_token: bool):
+def test_whole_models(class_token: bool):
     torch.manual_seed(0)
     mae = MaskedAutoencoderViT(
         img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=3, num_heads=3, decoder_embed_dim=64,
@@ -168,76 +179,27 @@ def test_whole_models(plain, class_token: bool):
         grads = {n: p.grad for model in (mae, vit) for n, p in model.named_parameters() if p.grad is not None}
         return {"loss": loss.detach(), **grads}
 
-    native = run(True)
-    plain()
+    assert blocks.install(mae) == blocks.install(vit) == native.reason()
+    ours = run(True)
+    plain(mae)
+    plain(vit)
     exact, autocast = run(False), run(True)
-    assert native.keys() == exact.keys()
+    assert ours.keys() == exact.keys()
     for name in exact:  # the error of a few numbers is luck: grant them more than a matrix
         slack = 5e-3 if exact[name].numel() < 16 else 1e-3
-        assert error(native[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + slack, name
+        assert error(ours[name], exact[name]) < 1.5 * error(autocast[name], exact[name]) + slack, name
 
 
-def test_float32_never_takes_the_native_path():
-    block, x = Block(96, 3), torch.randn(2, 5, 96)
-    assert not fast.usable(block, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not fast.usable(block, x.double())
-        assert not fast.usable(Block(40, 2), torch.randn(2, 5, 40))
+def test_what_does_not_fit_takes_the_plain_path():
+    block, x = block_with_spread(96, 3), torch.randn(2, 5, 96)
+    assert blocks.run(block, x) is None  # float32
+    assert not taken(block, x.double()) and not taken(block_with_spread(40, 2), torch.randn(2, 5, 40))
+    for tail in (0, -1, 6):
+        assert not taken(block, x, tail)
+    assert not taken(block, x[:0]) and not taken(block, torch.randn(1, native.MAX_TOKENS + 1, 96))
 
 
-@pytest.mark.parametrize("setting", [{"CC": "no-such-compiler"}, {"MAELAB_NATIVE": "0"}])
-def test_without_kernels_the_plain_path_runs_and_says_why(tmp_path, setting: dict[str, str]):
-    code = (
-        "import torch; from maelab.model import fast; from maelab.model.vit import Block\n"
-        "with torch.autocast('cpu', torch.bfloat16): print(Block(96, 3)(torch.randn(2, 5, 96)).shape)\n"
-        "print(fast.reason()); assert not fast.available()"
-    )
-    environment = {**os.environ, "MAELAB_DATA": str(tmp_path), **setting}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 2 and not done.stderr
-
-
-NO_AMX = "-mno-amx-tile -mno-amx-bf16"
-OTHERS = {  # what leaves the compiler only these, and what the processor must have
-    "AVX-512 FP16": (NO_AMX, "avx512_fp16"),
-    "AVX-512 BF16": (f"{NO_AMX} -mno-avx512fp16 -DFAST_BF16", "avx512_bf16"),
-    "AVX-512": (f"{NO_AMX} -mno-avx512bf16 -mno-avx512fp16", "avx512f"),
-}
-
-
-@native
-@pytest.mark.parametrize("units", OTHERS)
-def test_the_same_holds_on_lesser_units(tmp_path, units: str):
-    options, needed = OTHERS[units]
-    if needed not in fast._cpu_flags():
-        pytest.skip(f"this processor has no {needed}")
-    compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\nexec cc "$@" {options}\n')
-    compiler.chmod(0o755)
-    environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": str(compiler)}
-    code = "from maelab.model import fast; print(fast.reason())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"native kernels on {units}\n"
-    chosen = "block_matches or any_size or muon_steps or same_bits or memory_held"
-    tests = [sys.executable, "-m", "pytest", "-n", "0", "-k", chosen, __file__]
-    done = subprocess.run(tests, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-@native
-def test_processes_that_build_at_once_all_get_the_kernels(tmp_path):
-    compiler = tmp_path / "cc"  # slow enough for all to be in it, and quick enough for a test
-    compiler.write_text(f'#!/bin/sh\nsleep 1\nfor last; do :; done\ncp "{fast._load()[0]._name}" "$last"\n')  # type: ignore[union-attr]
-    compiler.chmod(0o755)
-    code = "from maelab.model import fast; print(fast.available())"
-    environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": str(compiler)}
-    command = [sys.executable, "-c", code]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=60)[0] for process in running] == ["True\n", "True\n"]
-    assert [path.suffix for path in (tmp_path / "cache" / "native").iterdir()] == [".so"]
-
-
-@native
+@needs_kernels
 def test_muon_steps_like_torch():
     shapes = [(96, 288), (288, 96), (96, 96), (384, 96), (64, 32)]
 
@@ -253,8 +215,8 @@ def test_muon_steps_like_torch():
             optimizer.step()
         return [(w - b).detach() for w, b in zip(weights, before, strict=True)]
 
-    native, again, torch_own = (run(kind) for kind in (fast.Muon, fast.Muon, torch.optim.Muon))
-    for a, b, t in zip(native, again, torch_own, strict=True):
+    ours, again, torch_own = (run(kind) for kind in (native.Muon, native.Muon, torch.optim.Muon))
+    for a, b, t in zip(ours, again, torch_own, strict=True):
         assert torch.equal(a, b)
         assert error(a, t) < 0.02  # both are five steps in bfloat16; each is off by about 0.01
 
@@ -263,18 +225,19 @@ def test_muon_takes_odd_shapes_the_plain_way():
     weight = torch.nn.Parameter(torch.randn(10, 24))
     other = torch.nn.Parameter(weight.detach().clone())
     weight.grad = other.grad = torch.randn(10, 24)
-    fast.Muon([weight], lr=0.02).step()
+    native.Muon([weight], lr=0.02).step()
     torch.optim.Muon([other], lr=0.02).step()
     assert torch.equal(weight, other)
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("L", [1, 4, 16, 17, 33, 49, 65])
 @pytest.mark.parametrize(("D", "heads"), [(32, 2), (32, 1), (64, 4), (96, 3), (96, 6), (192, 3)])
 def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int, L: int, monkeypatch):
     """The workspace is never cleared: fill it with bits that mean not-a-number, and nothing may change."""
     block, x = Block(D, heads), torch.randn(5, L, D)
-    plain_workspace, plain_empty, results = fast._workspace, torch.empty, []
+    block.fast = blocks.run
+    plain_workspace, plain_empty, results = native_block.workspace, torch.empty, []
     for filling in (0, 255):
 
         def filled(*args, filling=filling, **options) -> torch.Tensor:
@@ -283,7 +246,9 @@ def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int,
             return empty
 
         monkeypatch.setattr(torch, "empty", filled)
-        monkeypatch.setattr(fast, "_workspace", lambda size, filling=filling: plain_workspace(size).fill_(filling))
+        monkeypatch.setattr(
+            native_block, "workspace", lambda size, filling=filling: plain_workspace(size).fill_(filling)
+        )
         for tail in (None, max(1, L // 2)):
             block.zero_grad()
             leaf = x.clone().requires_grad_()
@@ -294,3 +259,220 @@ def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int,
     for clean, dirty in zip(results[:2], results[2:], strict=True):
         for a, b in zip(clean, dirty, strict=True):
             assert torch.isfinite(a).all() and torch.equal(a, b)
+
+
+def check_like_torch(block: Block, x: torch.Tensor) -> None:
+    """Output and gradients within bfloat16's error of those of plain torch."""
+    ours = results(block, x, True)
+    plain(block)
+    for name, exact in results(block, x, False).items():
+        assert error(ours[name], exact) < 0.02, name
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attn.qkv.weight", lambda p: p.T.contiguous().T),
+        ("mlp.fc2.weight", lambda p: torch.cat([p, p], dim=1)[:, : p.shape[1]]),
+        ("mlp.fc1.bias", lambda p: p[:1].expand(p.shape)),
+        ("norm1.weight", lambda p: torch.stack([p, p], dim=1)[:, 0]),
+        ("mlp.fc1.weight", lambda p: torch.cat([p[0, :1], p.flatten()])[1:].view(p.shape)),
+    ],
+    ids=["transposed", "columns", "expanded", "every second", "at an odd address"],
+)
+def test_parameters_in_any_layout(name: str, change):
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(4, 9, 96)
+    layer, _, parameter = name.rpartition(".")
+    setattr(block.get_submodule(layer), parameter, nn.Parameter(change(block.get_parameter(name).detach())))
+    assert taken(block, x)
+    check_like_torch(block, x)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "shape"), [("attn.proj.weight", (96, 64)), ("mlp.fc1.bias", (96,)), ("norm2.bias", (1,))]
+)
+def test_parameters_of_another_shape_are_never_read(name: str, shape: tuple[int, ...]):
+    block = block_with_spread(96, 3)
+    layer, _, parameter = name.rpartition(".")
+    setattr(block.get_submodule(layer), parameter, nn.Parameter(torch.zeros(shape)))
+    assert not taken(block, torch.randn(4, 9, 96))
+
+
+@needs_kernels
+def test_tokens_that_are_not_contiguous():
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(9, 4, 96).transpose(0, 1)
+    assert taken(block, x)
+    check_like_torch(block, x)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank addition, as LoRA puts one in place of the layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.weight, self.bias, self.out_features = base.weight, base.bias, base.out_features
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def twice_as_much(*given):
+    output = given[-1]
+    return tuple(2 * o for o in output) if isinstance(output, tuple) else 2 * output
+
+
+def doubled(block: Block) -> None:
+    block.attn.proj.__class__ = Doubled
+
+
+def own_forward(block: Block) -> None:
+    forward = block.mlp.forward
+    block.mlp.forward = lambda x: 2 * forward(x)
+
+
+def frozen_norm(block: Block) -> None:
+    block.norm2 = nn.LayerNorm(96, eps=0.5)
+
+
+CHANGES = {
+    "wrapped": lambda block: setattr(block.attn, "qkv", Adapted(block.attn.qkv)),
+    "subclass": doubled,
+    "no MLP": lambda block: setattr(block, "mlp", nn.Identity()),
+    "no drop path": lambda block: setattr(block, "drop_path", nn.Identity()),
+    "parametrized": lambda block: parametrizations.weight_norm(block.mlp.fc1),
+    "own forward": own_forward,
+    "other eps": frozen_norm,
+    "forward hook": lambda block: block.attn.register_forward_hook(twice_as_much),
+    "forward pre-hook": lambda block: block.mlp.fc1.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+    "backward hook": lambda block: block.norm1.register_full_backward_hook(lambda *given: twice_as_much(given[1])),
+    "backward pre-hook": lambda block: block.attn.qkv.register_full_backward_pre_hook(
+        lambda *given: twice_as_much(given[1])
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", CHANGES)
+def test_blocks_that_were_changed_take_the_plain_path(change: str):
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(3, 9, 96)
+    assert taken(block, x)
+    CHANGES[change](block)
+    ours = results(block, x, True)
+    plain(block)
+    torch_own = results(block, x, True)
+    assert all(torch.equal(ours[name], torch_own[name]) for name in torch_own), change
+
+
+@needs_kernels
+def test_a_hook_on_all_modules_is_called():
+    block, seen = block_with_spread(96, 3), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer)))
+    try:
+        results(block, torch.randn(2, 5, 96), True)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing_the_gradients_are_the_same(reentrant: bool):
+    torch.manual_seed(0)
+    stack = nn.ModuleList(block_with_spread(96, 3) for _ in range(3))
+    x = torch.randn(6, 9, 96)
+
+    def run(saving: bool) -> list[torch.Tensor]:
+        stack.zero_grad()
+        y = leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            for block in stack:
+                y = checkpoint(block, y, use_reentrant=reentrant) if saving else block(y)
+        rubbish = [torch.full((n,), float("nan")) for n in (1 << 16, 1 << 18, 1 << 20)]  # in place of what was freed
+        del rubbish
+        y.square().sum().backward()
+        return [leaf.grad, *(p.grad for p in stack.parameters())]  # type: ignore[list-item]
+
+    whole = [g.clone() for g in run(False)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(True), strict=True))
+
+
+@needs_kernels
+def test_what_is_saved_may_be_moved_meanwhile():
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(6, 9, 96)
+    whole = {n: g.clone() for n, g in results(block, x, True).items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), lambda a: torch.from_numpy(a.copy())):
+        moved = results(block, x, True)
+    assert all(torch.equal(whole[n], moved[n]) for n in whole)
+
+
+@needs_kernels
+def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused():
+    torch.manual_seed(0)
+    block, x = block_with_spread(96, 3), torch.randn(6, 9, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = block(x).square().sum()
+    of = [x, *block.parameters()]
+    first, second = (torch.autograd.grad(loss, of, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("by", ["hand", "Muon"])
+def test_a_parameter_changed_before_the_backward_pass_is_noticed(by: str):
+    block, x = block_with_spread(96, 3), torch.randn(6, 9, 96)
+    weight = block.mlp.fc1.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = block(x).sum()
+    weight.grad = torch.randn_like(weight)
+    if by == "hand":
+        with torch.no_grad():
+            weight.mul_(2)
+    else:
+        native.Muon([weight], lr=0.02).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_kernels
+def test_muon_reads_no_state_of_another_layout():
+    """As a checkpoint file may hold it."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(64, 32))
+    other = copy.deepcopy(weight)
+    for kind, parameter in ((native.Muon, weight), (torch.optim.Muon, other)):
+        optimizer = kind([parameter], lr=0.02)
+        optimizer.state[parameter]["momentum_buffer"] = (
+            torch.arange(64.0)[:, None].expand(64, 32).clone().T.contiguous().T
+        )
+        parameter.grad = torch.ones(64, 32)
+        optimizer.step()
+    assert torch.equal(weight, other)
+
+
+@needs_kernels
+def test_defaults_of_torch_change_nothing():
+    block, x = block_with_spread(96, 3), torch.randn(3, 9, 96)
+    whole = {n: g.clone() for n, g in results(block, x, True).items()}
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(block(x), whole["y"])
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,12 +1,15 @@
 """What the engine chooses is what a step runs with, and what the line on hardware says."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from maelab import native
 from maelab.config import LoopConfig, RunOptions
 from maelab.errors import UsageError
-from maelab.model import MaskedAutoencoderViT, fast
+from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import Attention, Block
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import Task, train
@@ -19,6 +22,11 @@ def tiny() -> MaskedAutoencoderViT:
     return MaskedAutoencoderViT(
         img_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
     )
+
+
+def fast_blocks(model: nn.Module) -> int:
+    """How many blocks are to run in the native kernels."""
+    return sum(isinstance(m, Block) and m.fast is not None for m in model.modules())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -48,17 +56,101 @@ def test_options_force_what_the_hardware_would_choose():
     model = tiny()
     line = prepare(model, engine, RunOptions(device="cpu", kernels="torch", attention="fused"))
     assert line == "cpu, bf16, fused attention, 1 thread"
-    assert not any(m.native for m in model.modules() if isinstance(m, Block))
+    assert fast_blocks(model) == 0
     assert {m.form for m in model.modules() if isinstance(m, Attention)} == {"fused"}
     line = prepare(model, engine, CPU)
-    assert line == f"cpu, bf16, {fast.reason() if fast.available() else 'matmul attention'}, 1 thread"
-    assert {m.native for m in model.modules() if isinstance(m, Block)} == {fast.available()}
+    if native.available():
+        assert (line, fast_blocks(model)) == (f"cpu, bf16, {native.reason()}, 1 thread", 3)
+    else:
+        assert (line, fast_blocks(model)) == (f"cpu, bf16, torch ({native.reason()}), matmul attention, 1 thread", 0)
+
+
+def test_what_is_compiled_is_not_called_native(monkeypatch):
+    """The compiler would pass the kernels over."""
+    monkeypatch.setattr(nn.Module, "compile", lambda _: None)  # not this test's business, and slow
+    engine, model = start_engine(RunOptions(device="cpu", threads=1), "bf16"), tiny()
+    line = prepare(model, engine, RunOptions(device="cpu", compile="on"))
+    assert (line, fast_blocks(model)) == ("cpu, bf16, matmul attention, compiled, 1 thread", 0)
+
+
+LARGE: dict[str, Any] = {"img_size": 66, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}  # 1089 patches
+NARROW: dict[str, Any] = {"decoder_embed_dim": 40, "decoder_depth": 1, "decoder_num_heads": 2}
+WIDE: dict[str, Any] = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+REFUSED = "1090 tokens are more than 1024"
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
+@pytest.mark.parametrize(
+    ("model", "count", "says"),
+    [
+        (lambda: VisionTransformer(embed_dim=40, num_heads=2, depth=2), 0, "torch (width 40 is no multiple of 32)"),
+        (
+            lambda: VisionTransformer(embed_dim=64, num_heads=8, depth=2),
+            0,
+            "torch (the heads' width 8 is no multiple of 16)",
+        ),
+        (
+            lambda: VisionTransformer(embed_dim=32, num_heads=2, depth=2, mlp_ratio=1.5),
+            0,
+            "torch (the MLP's width 48 is no multiple of 32)",
+        ),
+        (lambda: VisionTransformer(**LARGE), 0, f"torch ({REFUSED})"),
+        (lambda: VisionTransformer(**LARGE, patch_drop_rate=0.5), 2, "{} up to 1024 tokens"),
+        (
+            lambda: MaskedAutoencoderViT(embed_dim=32, depth=2, num_heads=2, **NARROW),
+            2,
+            "{} in 2 of 3 blocks, torch in the rest (width 40 is no multiple of 32)",
+        ),
+        (
+            lambda: MaskedAutoencoderViT(**LARGE, **WIDE),
+            2,
+            f"{{}} up to 1024 tokens in 2 of 3 blocks, torch in the rest ({REFUSED})",
+        ),
+    ],
+)
+def test_the_line_names_what_the_kernels_do_not_serve(model, count: int, says: str):
+    """As in env.json: what is named there is what a step runs with."""
+    built, engine = model(), start_engine(RunOptions(device="cpu", threads=1), "bf16")
+    line = prepare(built, engine, CPU)
+    attention = "" if count == len([m for m in built.modules() if isinstance(m, Block)]) else "matmul attention, "
+    assert (line, fast_blocks(built)) == (f"cpu, bf16, {says.format(native.reason())}, {attention}1 thread", count)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda block: block.mlp.register_forward_hook(lambda *_: None), "mlp has a hook"),
+        (lambda block: setattr(block.attn, "proj", nn.Sequential(block.attn.proj)), "attn.proj is a Sequential"),
+        (lambda block: block.double(), "its parameters are not float32 on the CPU"),
+    ],
+)
+def test_the_line_names_blocks_that_were_changed(change, says: str):
+    model = tiny()
+    change(model.blocks[1])
+    line = prepare(model, start_engine(RunOptions(device="cpu", threads=1), "bf16"), CPU)
+    assert f"{native.reason()} in 2 of 3 blocks, torch in the rest ({says}), matmul attention" in line
+    assert prepare(nn.Linear(2, 2), start_engine(CPU, "bf16"), CPU).startswith("cpu, bf16, torch (no blocks), ")
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
+def test_what_is_prepared_is_what_runs(monkeypatch):
+    """No block that the line calls native falls back, in training and in use."""
+    model, engine, ran = tiny(), start_engine(CPU, "bf16"), []
+    real = native.run_block
+    monkeypatch.setattr(native, "run_block", lambda *a: ran.append(y := real(*a)) or y)
+    prepare(model, engine, CPU)
+    with engine.autocast():
+        model.training_loss(torch.rand(3, 3, 8, 8)).backward()
+        with torch.inference_mode():
+            model(torch.rand(3, 3, 8, 8))
+    assert len(ran) == 6 and all(y is not None for y in ran)
 
 
 def test_fp32_never_takes_the_native_kernels():
     model = tiny()
     assert prepare(model, start_engine(CPU, "fp32"), CPU).startswith("cpu, fp32, matmul attention")
-    assert not any(m.native for m in model.modules() if isinstance(m, Block))
+    assert fast_blocks(model) == 0
 
 
 def test_forms_of_attention_agree():
@@ -75,7 +167,7 @@ def test_bf16_is_chosen_only_where_there_are_units_for_it(monkeypatch):
     assert choose_precision("fp32", "cpu") == "fp32" and choose_precision("bf16", "cpu") == "bf16"
     for amx in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(fast, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
         assert choose_precision("auto", "cpu") == ("bf16" if amx else "fp32")
 
 

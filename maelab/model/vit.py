@@ -1,12 +1,12 @@
 """Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), with timm's names for arguments and state."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maelab.model import fast
 from maelab.model.pos_embed import sincos_pos_embed
 
 LAYER_NORM_EPS = 1e-6
@@ -113,7 +113,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block. Where `native` is true and the hardware allows, `fast.run` computes it."""
+    """Pre-norm Transformer block. `fast`, where it is set, computes what it can of `forward` and returns None for the
+    rest: (block, x, tail) -> tokens or None."""
+
+    fast: "Callable[[Block, torch.Tensor, int | None], torch.Tensor | None] | None" = None
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path: float = 0.0
@@ -124,12 +127,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
-        self.native = True
 
     def forward(self, x: torch.Tensor, tail: int | None = None) -> torch.Tensor:
         """Tokens (B, L, D) -> (B, L, D); with `tail`, only the last `tail` tokens, which still attend to all."""
-        if self.native and fast.usable(self, x):
-            return fast.run(self, x, tail)
+        if self.fast is not None and (done := self.fast(self, x, tail)) is not None:
+            return done
         attended = self.drop_path(self.attn(self.norm1(x), tail))
         x = (x if tail is None else x[:, x.shape[1] - tail :]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -1159,6 +1159,16 @@ void muon(const Matrix *all, int64_t count, float momentum, const float *abc, ch
     }
 }
 
+// Whether the system hands out tiles, where they are used. Asking changes nothing.
+int64_t granted(void) {
+#ifdef __AMX_BF16__
+    uint64_t features = 0;
+    return syscall(SYS_arch_prctl, 0x1021, &features) == 0 && features >> 18 & 1;
+#else
+    return 1;
+#endif
+}
+
 // Ask the system for the use of tiles, where they are used; 0 when they are there. Have malloc keep what is freed:
 // otherwise every large tensor of every step is mapped, faulted in page by page and unmapped again.
 int64_t start(void) {

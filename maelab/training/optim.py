@@ -6,8 +6,8 @@ import re
 import torch
 from torch import nn
 
+from maelab import native
 from maelab.config import LoopConfig
-from maelab.model import fast
 
 BETA1 = 0.9
 MUON_MOMENTUM = 0.95
@@ -48,8 +48,8 @@ def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 
         (muon if use_muon else adamw).append(group)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        native = any(getattr(module, "native", False) for module in model.modules())
-        kind = fast.Muon if native else torch.optim.Muon  # the blocks say whether native kernels are wanted
+        fast = any(getattr(module, "fast", None) is not None for module in model.modules())
+        kind = native.Muon if fast else torch.optim.Muon  # the blocks say whether native kernels are wanted
         optimizers.append(kind(muon, momentum=MUON_MOMENTUM))
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(BETA1, config.beta2), fused=True))

@@ -16,12 +16,13 @@ from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import nn
 
+from maelab import native
 from maelab.config import RunOptions
 from maelab.errors import UsageError
-from maelab.model import fast
 from maelab.model.vit import Attention, Block
 from maelab.runs import config_of, find_checkpoint, read_json, write_json
 from maelab.runs.folder import EVENTS
+from maelab.training import blocks
 
 Engine = Fabric
 Tracker = Logger
@@ -42,7 +43,7 @@ def choose_precision(wanted: str, device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device == "cpu":
-        return "bf16" if torch.cpu._is_amx_tile_supported() or fast.available() else "fp32"
+        return "bf16" if torch.cpu._is_amx_tile_supported() or native.available() else "fp32"
     return "fp32"
 
 
@@ -92,20 +93,24 @@ def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
         One line that says what was chosen, e.g. 'cpu, bf16, native kernels on AMX, 2 threads'.
     """
     device, precision = engine.device.type, "bf16" if "bf16" in engine._precision.precision else "fp32"
-    native = options.kernels == "auto" and device == "cpu" and precision == "bf16" and fast.available()
     compiled = options.compile == "on" or (options.compile == "auto" and device == "cuda")
     for module in model.modules():
         if isinstance(module, Block):
-            module.native = native
+            module.fast = None
             if compiled:
                 module.compile()  # block by block: equal blocks share one compilation
         elif isinstance(module, Attention):
             module.form = options.attention
+    kernels = ""
+    if options.kernels == "auto" and device == "cpu" and precision == "bf16" and not compiled:
+        kernels = blocks.install(model)  # a compiled block would pass them over
     attention = options.attention
     if attention == "auto":
         attention = "matmul" if device == "cpu" else "fused"
     chosen = [f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device, precision]
-    chosen += [fast.reason()] if native else [f"{attention} attention"]
+    chosen += [kernels] if kernels else []
+    if any(isinstance(module, Block) and module.fast is None for module in model.modules()):
+        chosen += [f"{attention} attention"]
     chosen += ["compiled"] if compiled else []
     if device == "cpu":
         chosen += [f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"]

@@ -142,7 +142,11 @@ class RunLog:
             self._file.truncate(len(kept))
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
             self._trackers = [self._tensorboard, *([tracker] if tracker else [])]
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(compact=True),
+        )
         silent = folder is None or not console.is_terminal
         self._bar = Progress(*columns, console=console, transient=True, disable=silent)
         self._total = self._bar.add_task(f"{_whole} starting".lstrip(), total=total_steps)

@@ -1,0 +1,79 @@
+"""Muon (Jordan et al. 2024) with its step in the native kernels."""
+
+import ctypes
+
+import torch
+
+from maelab.native.library import start, workspace
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ["weight", "momentum", "grad"]),
+        *((name, ctypes.c_int64) for name in ["rows", "cols"]),
+        *((name, ctypes.c_float) for name in ["lr", "decay"]),
+    ]
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon whose step runs in the native kernels where they can: every matrix float32 on a CPU, its sides
+    multiples of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        matrices = [p for _, parameters in groups for p in parameters]
+        first = self.param_groups[0]
+        same = all(
+            group["nesterov"] and group["ns_steps"] == 5 and group["adjust_lr_fn"] in (None, "original")
+            and group["momentum"] == first["momentum"] and group["ns_coefficients"] == first["ns_coefficients"]
+            for group, _ in groups
+        )  # fmt: skip
+        served = closure is None and same and matrices and all(self._fits(p) for p in matrices)
+        library = start() if served else None
+        if library is None:
+            return super().step(closure)
+        array = (_Matrix * len(matrices))()
+        kept = []  # contiguous copies live until the call returns
+        for slot, (group, p) in zip(array, [(group, p) for group, ps in groups for p in ps], strict=True):
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            assert p.grad is not None
+            kept.append(p.grad.contiguous())
+            slot.weight, slot.momentum, slot.grad = (
+                p.data_ptr(),
+                state["momentum_buffer"].data_ptr(),
+                kept[-1].data_ptr(),
+            )
+            slot.rows, slot.cols = p.shape
+            slot.lr = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            slot.decay = group["lr"] * group["weight_decay"]
+        short, long = max(min(p.shape) for p in matrices), max(max(p.shape) for p in matrices)
+        threads = min(torch.get_num_threads(), len(matrices))
+        size = library.muon_workspace(ctypes.c_int64(short), ctypes.c_int64(long), ctypes.c_int64(threads))
+        stride = (size - 4096) // threads
+        library.muon(
+            array, ctypes.c_int64(len(matrices)), ctypes.c_float(first["momentum"]),
+            (ctypes.c_float * 3)(*first["ns_coefficients"]), ctypes.c_void_p(workspace(size).data_ptr()),
+            ctypes.c_int64(stride), ctypes.c_int64(threads),
+        )  # fmt: skip
+        # Autograd sees no write through a pointer: a graph that holds an old value has to notice.
+        torch.autograd.graph.increment_version([*matrices, *(self.state[p]["momentum_buffer"] for p in matrices)])
+        return None
+
+    def _fits(self, p: torch.Tensor) -> bool:
+        momentum = self.state[p].get("momentum_buffer", p) if p in self.state else p
+        assert p.grad is not None
+        return (
+            all(
+                t.device.type == "cpu" and t.dtype is torch.float32 and t.shape == p.shape
+                for t in (p, p.grad, momentum)
+            )
+            and all(t.layout is torch.strided and t.is_contiguous() for t in (p, momentum))
+            and p.grad.layout is torch.strided
+            and p.ndim == 2
+            and p.numel() > 0
+            and p.shape[0] % 32 == 0
+            and p.shape[1] % 32 == 0
+        )
