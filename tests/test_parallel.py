@@ -122,7 +122,11 @@ def test_the_line_names_what_the_kernels_do_not_serve(model, count: int, says: s
     [
         (lambda block: block.mlp.register_forward_hook(lambda *_: None), "mlp has a hook"),
         (lambda block: setattr(block.attn, "proj", nn.Sequential(block.attn.proj)), "attn.proj is a Sequential"),
-        (lambda block: block.double(), "its parameters are not float32 on the CPU"),
+        (lambda block: block.double(), "its parameters are not float32 on the CPU in their usual shapes"),
+        (
+            lambda block: setattr(block, "norm1", nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)),
+            "its parameters are not float32 on the CPU in their usual shapes",
+        ),
     ],
 )
 def test_the_line_names_blocks_that_were_changed(change, says: str):
@@ -137,9 +141,9 @@ def test_the_line_names_blocks_that_were_changed(change, says: str):
 def test_what_is_prepared_is_what_runs(monkeypatch):
     """No block that the line calls native falls back, in training and in use."""
     model, engine, ran = tiny(), start_engine(CPU, "bf16"), []
+    prepare(model, engine, CPU)
     real = native.run_block
     monkeypatch.setattr(native, "run_block", lambda *a: ran.append(y := real(*a)) or y)
-    prepare(model, engine, CPU)
     with engine.autocast():
         model.training_loss(torch.rand(3, 3, 8, 8)).backward()
         with torch.inference_mode():

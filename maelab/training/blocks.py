@@ -35,14 +35,26 @@ def changed(block: Block) -> str | None:
     return "there is a hook on all modules" if nn.modules.module._has_any_global_hook() else None
 
 
+def _parameters(block: Block) -> list[torch.Tensor | None]:
+    a, m = block.attn, block.mlp
+    return [
+        block.norm1.weight, block.norm1.bias, a.qkv.bias, a.proj.bias, block.norm2.weight, block.norm2.bias,
+        m.fc1.bias, m.fc2.bias, a.qkv.weight, a.proj.weight, m.fc1.weight, m.fc2.weight,
+    ]  # fmt: skip
+
+
 def _refusal(block: Block, tokens: int) -> str | None:
     """Why the kernels do not serve a block, in a few words; None where they do."""
     if (what := changed(block)) is not None:
         return what
-    if any(p.dtype is not torch.float32 or p.device.type != "cpu" for p in block.parameters()):
-        return "its parameters are not float32 on the CPU"
-    width = block.norm1.normalized_shape[0]
-    return native.refusal(width, block.attn.num_heads, block.mlp.fc1.out_features, tokens)
+    width, heads, hidden = block.norm1.normalized_shape[0], block.attn.num_heads, block.mlp.fc1.out_features
+    if (what := native.refusal(width, heads, hidden, tokens)) is not None:
+        return what
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # one token tells
+        y = native.run_block(
+            torch.zeros(1, 1, width, dtype=torch.float32, device="cpu"), _parameters(block), heads, 1.0
+        )
+    return "its parameters are not float32 on the CPU in their usual shapes" if y is None else None
 
 
 def run(block: Block, x: torch.Tensor, tail: int | None = None) -> torch.Tensor | None:
@@ -57,12 +69,7 @@ def run(block: Block, x: torch.Tensor, tail: int | None = None) -> torch.Tensor 
     """
     if torch.compiler.is_compiling() or changed(block) is not None:
         return None
-    a, m = block.attn, block.mlp
-    parameters = [
-        block.norm1.weight, block.norm1.bias, a.qkv.bias, a.proj.bias, block.norm2.weight, block.norm2.bias,
-        m.fc1.bias, m.fc2.bias, a.qkv.weight, a.proj.weight, m.fc1.weight, m.fc2.weight,
-    ]  # fmt: skip
-    return native.run_block(x, parameters, a.num_heads, block.norm1.eps, tail, block.drop_path.scale)
+    return native.run_block(x, _parameters(block), block.attn.num_heads, block.norm1.eps, tail, block.drop_path.scale)
 
 
 def install(model: nn.Module) -> str:
