@@ -62,7 +62,7 @@ def write_folder(folder: Path, data: ImageSet, class_names: tuple[str, ...], n: 
         (folder / name).mkdir(parents=True)
         for i in (data.labels == label).nonzero()[:n, 0].tolist():
             pixels = data.images[i].permute(1, 2, 0).squeeze(-1).numpy()  # (H, W) or (H, W, 3)
-            Image.fromarray(pixels).save(folder / name / f"{i:04d}.png")
+            Image.fromarray(pixels).save(folder / name / f"{i:04d}.png", compress_level=0)  # same bytes everywhere
     return folder
 
 

@@ -15,6 +15,8 @@ from processes import Maelab, environment
 
 from maelab import __version__
 from maelab.cli import COMMANDS
+from maelab.config import DataConfig
+from maelab.data import load, training_sets
 
 HEAVY = ("torch", "numpy", "matplotlib", "PIL", "lightning_fabric", "tensorboard", "safetensors")
 CPU = ("--threads", 1, "--kernels", "torch")
@@ -107,7 +109,7 @@ def test_pretrain(work, digits_folder):
     config = json.loads((folder / "config.json").read_text())
     assert (config["task"], config["recipe"], config["limit"], config["patch_size"]) == ("pretrain", "smoke", 96, 7)
     env = json.loads((folder / "env.json").read_text())
-    assert env["torch"] and env["threads"] == 1 and env["cpu"] and set(env["data_md5"]) == {"images", "labels"}
+    assert env["torch"] and env["threads"] == 1 and env["cpu"] and set(env["data_md5"]) == {"images", "files", "labels"}
 
 
 def test_people_read_stderr(work):
@@ -121,14 +123,22 @@ def test_people_read_stderr(work):
     assert len((work / "said" / "classifier.err").read_text().splitlines()) == 3
 
 
+def size_of(folder, part, fraction=0.1):
+    """Images in the test part of a folder, or in its validation part."""
+    data = load(f"folder:{folder}")
+    val = training_sets(data, DataConfig(data=data.name, val_fraction=fraction))[1]
+    return len(data.test or "") if part == "test" else len(val)
+
+
 @pytest.mark.parametrize(("name", "init"), [("classifier", "mae"), ("scratch", "none")])
-def test_finetune(work, name, init):
+def test_finetune(work, digits_folder, name, init):
     result = said(work, name)
     assert result.pop("run") == name
     assert result == json.loads((work / name / "result.json").read_text())
     assert (result["task"], result["init"], result["epochs"], result["train_images"]) == ("finetune", init, 2, 96)
     assert result["best_epoch"] in (1, 2) and result["params"] > 1000
-    for part, n in (("test", 30), ("val", 14 if name == "classifier" else 27)):
+    for part in ("test", "val"):
+        n = size_of(digits_folder, part, 0.05 if name == "classifier" else 0.1)
         assert 0 < result[part]["loss"] < 10
         correct = result[part]["accuracy"] * n
         assert correct == pytest.approx(round(correct)), "a fraction of the images, not percent"
@@ -157,7 +167,8 @@ def test_probe(work):
 
 
 def test_evaluate_repeats_what_training_said(work, maelab, digits_folder):
-    for split, n in (("test", 30), ("val", 27)):
+    for split in ("test", "val"):
+        n = size_of(digits_folder, split)
         result = maelab.run("evaluate", "scratch", "--split", split, *CPU, "--json", cwd=work).json()
         assert (result["run"], result["split"], result["images"]) == ("scratch", split, n)
         assert result["data"] == f"folder:{digits_folder}"
@@ -171,13 +182,14 @@ def test_evaluate_repeats_what_training_said(work, maelab, digits_folder):
     assert result["mask_ratio"] == 0.75
 
 
-def test_evaluate_for_people(work, maelab, cifar_folder):
+def test_evaluate_for_people(work, maelab, digits_folder, cifar_folder):
     classifier = maelab.run("evaluate", "scratch", *CPU, cwd=work)
     first, *classes = classifier.out.splitlines()
-    assert first.startswith("accuracy 0.") and "on 30 test images" in first and len(classes) == 10
+    n, n_other = (size_of(folder, "test") for folder in (digits_folder, cifar_folder))
+    assert first.startswith("accuracy 0.") and f"on {n} test images" in first and len(classes) == 10
     other = ("--data", f"folder:{cifar_folder}", "--mask-ratio", 0.5)  # colour photographs, made grey and 28 x 28
     autoencoder = maelab.run("evaluate", "mae", *other, *CPU, cwd=work)
-    assert autoencoder.out.startswith("masked MSE ") and "with 50% hidden on 20 test images" in autoencoder.out
+    assert autoencoder.out.startswith("masked MSE ") and f"with 50% hidden on {n_other} test images" in autoencoder.out
     assert classifier.status == autoencoder.status == 0 and classifier.err == autoencoder.err == ""
 
 
@@ -300,7 +312,7 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         (f"finetune smoke {DATA} --patch-size 5", "--patch-size 5 does not divide the image size 28x28"),
         (f"pretrain smoke {DATA} --mask-ratio 0.99", "--mask-ratio 0.99 leaves no patch to see: the image has 16"),
         (f"pretrain smoke {DATA} --mask-ratio 1e-20", "--mask-ratio 1e-20 leaves no patch hidden"),
-        (f"pretrain smoke {DATA} --limit 257", "--limit 257 is not between 1 and 256, the number of images"),
+        (f"pretrain smoke {DATA} --limit 999", "--limit 999 is not between 1 and"),
         (f"pretrain smoke {DATA} --accumulate 64", "a batch of 96 images cannot be cut into 64 equal parts"),
         (f"finetune smoke {DATA} --data folder:DIGITS/3", "folder:DIGITS/3 has no labels: to fine-tune, put the"),
         (f"finetune smoke {DATA} --init nowhere", "no run folder or checkpoint at nowhere"),

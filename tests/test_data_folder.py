@@ -45,17 +45,20 @@ def one(path: Path, **options: object) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def test_class_folders_hold_out_a_balanced_tenth(digits_folder: Path, mnist_small: Dataset) -> None:
+def test_class_folders_hold_out_about_a_tenth(digits_folder: Path, mnist_small: Dataset) -> None:
     data = load(f"folder:{digits_folder}")
     assert data.test is not None and data.train.labels is not None and data.test.labels is not None
-    assert data.train.images.shape == (270, 1, 28, 28) and data.train.images.dtype == torch.uint8
+    n_train, n_test = len(data.train), len(data.test)
+    assert n_train + n_test == 300 and 15 <= n_test <= 45
+    assert data.train.images.shape == (n_train, 1, 28, 28) and data.train.images.dtype == torch.uint8
     assert data.train.images.is_contiguous() and data.test.images.is_contiguous()
-    assert data.train.labels.bincount().tolist() == [27] * 10 and data.test.labels.bincount().tolist() == [3] * 10
+    of_class = data.test.labels.bincount(minlength=10)
+    assert of_class.min() >= 1 and (data.train.labels.bincount() + of_class).tolist() == [30] * 10
     assert data.class_names == mnist_small.class_names and data.name == f"folder:{digits_folder}"
     # pixels and labels are those that were written
     originals = {image.numpy().tobytes(): label for image, label in _pairs(mnist_small)}
     found = {image.numpy().tobytes(): int(label) for image, label in _pairs(data)}
-    assert len(found) == 270 and all(originals[image] == label for image, label in found.items())
+    assert len(found) == n_train and all(originals[image] == label for image, label in found.items())
 
 
 def _pairs(data: Dataset) -> list[tuple[torch.Tensor, int]]:
@@ -66,7 +69,7 @@ def _pairs(data: Dataset) -> list[tuple[torch.Tensor, int]]:
 def test_colour_folder(cifar_folder: Path) -> None:
     data = load(f"folder:{cifar_folder}")
     assert data.test is not None
-    assert data.train.images.shape == (180, 3, 32, 32) and len(data.test) == 20
+    assert data.train.images.shape[1:] == (3, 32, 32) and len(data.train) + len(data.test) == 200
 
 
 def test_loading_again_or_from_elsewhere_gives_the_same(digits_folder: Path, tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_loading_again_or_from_elsewhere_gives_the_same(digits_folder: Path, tmp
     again = load(f"folder:{copy}")
     assert first.test is not None and again.test is not None
     assert first.train.images.equal(again.train.images) and first.test.images.equal(again.test.images)
-    assert first.checksums == again.checksums and set(first.checksums) == {"images", "labels"}
+    assert first.checksums == again.checksums and set(first.checksums) == {"images", "files", "labels"}
     save(copy / "0" / "0000.png", 7, (28, 28))
     assert load(f"folder:{copy}").checksums != first.checksums
 
@@ -93,12 +96,14 @@ def test_flat_folder_is_unlabelled(tmp_path: Path) -> None:
 
 def test_train_and_test_folders(tmp_path: Path) -> None:
     classes(tmp_path / "train", "ab", 4)
-    classes(tmp_path / "test", "ab", 2)
+    for k, name in enumerate("ab"):
+        for i in (60, 61):
+            save(tmp_path / "test" / name / f"{i}.png", 100 * k + i)
     data = load(f"folder:{tmp_path}")
     assert data.test is not None and data.train.labels is not None and data.test.labels is not None
     assert data.class_names == ("a", "b")
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4 and data.test.labels.tolist() == [0, 0, 1, 1]
-    assert data.test.images[:, 0, 0, 0].tolist() == [0, 1, 100, 101]
+    assert data.test.images[:, 0, 0, 0].tolist() == [60, 61, 160, 161]
 
 
 def test_images_deeper_in_a_class_folder_count(tmp_path: Path) -> None:

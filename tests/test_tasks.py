@@ -23,8 +23,9 @@ from maelab.inference import (
     extract_features,
     knn_accuracy,
     masked_mse,
+    visible_mean_mse,
 )
-from maelab.model import MaskedAutoencoderViT, patchify
+from maelab.model import MaskedAutoencoderViT
 from maelab.runs import read_metrics
 from maelab.tasks import finetune, pretrain, probe
 from maelab.tasks.evaluate import evaluate
@@ -61,7 +62,7 @@ def result_of(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def autoencoder(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder: 40 epochs on 256 digits, followed by k-NN every 20."""
+    """A run folder: 40 epochs on about 256 digits, followed by k-NN every 20."""
     out = tmp_path_factory.mktemp("runs") / "autoencoder"
     pretrain.pretrain(
         autoencoder_config(digits_folder, epochs=40, knn_every=20, optimizer="muon"), options=options(out)
@@ -81,18 +82,17 @@ def classifier(digits_folder: Path, autoencoder: Path, tmp_path_factory: pytest.
 # --- pretraining ----------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_beats_the_mean_of_the_training_images(autoencoder, digits_folder):
+def test_pretraining_beats_the_mean_of_the_visible_pixels(autoencoder, digits_folder):
     """On validation digits that it never saw, at the same hidden places."""
     result = result_of(autoencoder)
     rows = [row["loss"] for row in read_metrics(autoencoder) if row["split"] == "val"]
     assert result["val"]["loss"] == min(rows) < 0.5 * rows[0]
     config = autoencoder_config(digits_folder)
-    train_set, val_set = training_sets(load(config.data), config)
-    mean = scale(train_set.images).mean(dim=0, keepdim=True).expand(len(val_set), -1, -1, -1)
-    errors = (patchify(mean, 7) - patchify(scale(val_set.images), 7)).square().mean(dim=-1)  # (14, 16)
+    val_set = training_sets(load(config.data), config)[1]
     noise = torch.rand(len(val_set), 16, generator=torch.Generator().manual_seed(config.split_seed))
-    hidden = noise.argsort(dim=1).argsort(dim=1) >= 4
-    assert result["val"]["masked_mse"] < 0.95 * float(errors[hidden].mean()), result
+    hidden = (noise.argsort(dim=1).argsort(dim=1) >= 4).float()
+    trivial = visible_mean_mse(model_of(autoencoder), scale(val_set.images), hidden)
+    assert result["val"]["masked_mse"] < 0.9 * trivial, result
     assert result["train"]["masked_mse"] < result["mean_predictor_loss"], result
 
 
@@ -102,7 +102,7 @@ def test_a_choice_of_images_is_of_every_class(digits_folder, autoencoder):
     chosen = pretrain.some(train_set, 14, seed=0)
     assert chosen.labels is not None and len(chosen) == 14 and len(chosen.labels.unique()) > 4
     everything = pretrain.some(train_set, 1000, seed=0)
-    assert len(everything) == 256
+    assert len(everything) == min(256, len(train_set))
     expected = masked_mse(model_of(autoencoder), everything, 0.75, seed=0)["masked_mse"]
     assert result_of(autoencoder)["train"]["masked_mse"] == pytest.approx(expected, rel=1e-5)
 
@@ -111,7 +111,7 @@ def test_the_validation_error_is_that_of_the_best_weights(autoencoder, digits_fo
     config = autoencoder_config(digits_folder)
     data = load(config.data)
     train_set, val_set = training_sets(data, config)
-    assert (len(train_set), len(val_set)) == (256, 14)
+    assert len(train_set) + len(val_set) == len(data.train) and 4 <= len(val_set) <= 30
     scores = masked_mse(model_of(autoencoder), val_set, 0.75, config.split_seed)
     reported = result_of(autoencoder)["val"]
     assert {name: reported[name] for name in scores} == pytest.approx(scores, rel=1e-5)
@@ -220,7 +220,7 @@ def test_fine_tuning_overfits_64_images(digits_folder, tmp_path):
     run, result = finetune.finetune(config, options=options(tmp_path / "run"))
     assert result["train_images"] == 64
     assert result["train"]["accuracy"] == 1.0 and result["train"]["loss"] < 0.1
-    assert 0.3 < result["test"]["accuracy"] < 1.0  # 30 test digits from 64: far from chance, far from perfect
+    assert 0.3 < result["test"]["accuracy"] < 1.0  # about 30 test digits from 64: far from chance, far from perfect
     first = next(row for row in read_metrics(run) if row["split"] == "train")
     assert first["loss"] == pytest.approx(2.3, abs=0.5)
 
@@ -303,10 +303,10 @@ def test_a_share_of_the_labels_is_balanced(digits_folder, tmp_path, monkeypatch)
             finetune.finetune(
                 classifier_config(digits_folder, label_fraction=fraction), options=options(tmp_path / "r")
             )
-    labels = training_sets(load(f"folder:{digits_folder}"), classifier_config(digits_folder), fraction=0.25)[0].labels
-    assert labels is not None
-    assert seen == [256, len(labels)] and 60 <= len(labels) <= 68
-    assert labels.bincount().min() >= 6 and labels.bincount().max() <= 7
+    data, config = load(f"folder:{digits_folder}"), classifier_config(digits_folder)
+    every, some = (training_sets(data, config, fraction=fraction)[0].labels for fraction in (1.0, 0.25))
+    assert every is not None and some is not None and seen == [len(every), len(some)]
+    assert (some.bincount() - every.bincount() / 4).abs().max() <= 0.5
 
 
 def test_without_labels_there_is_nothing_to_fine_tune_for(digits_folder, tmp_path):
@@ -371,7 +371,7 @@ def test_the_probe_is_a_linear_classifier_on_standardised_features(probed, autoe
         near = knn_accuracy(seen, train_set.labels, features, part.labels, 5)
         assert result[name]["knn_accuracy"] == pytest.approx(near)
     assert result["test"]["accuracy"] > 0.25 and result["test"]["knn_accuracy"] > 0.25  # chance is 0.1
-    assert result["train_images"] == 256
+    assert result["train_images"] == len(train_set)
 
 
 def test_a_probe_for_the_class_token_needs_one(autoencoder, tmp_path):
@@ -386,8 +386,9 @@ def test_evaluation_repeats_what_training_reported(classifier, autoencoder):
     for split in ("test", "val"):
         found = evaluate(classifier, split=split, options=options())
         reported = result_of(classifier)[split]
-        assert found["accuracy"] == pytest.approx(reported["accuracy"], abs=1e-6)
-        assert found["loss"] == pytest.approx(reported["loss"], rel=0.02)  # bf16 where the hardware has it
+        # bf16 where the hardware has it: an image between two classes may change sides
+        assert found["accuracy"] == pytest.approx(reported["accuracy"], abs=1.01 / found["images"])
+        assert found["loss"] == pytest.approx(reported["loss"], rel=0.02)
         counts = torch.tensor(found["confusion"])
         assert counts.sum() == found["images"]
         assert counts.diag().sum() / found["images"] == pytest.approx(found["accuracy"])

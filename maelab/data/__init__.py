@@ -1,6 +1,18 @@
-"""Data: download and verify (sources), load and split (datasets, folder)."""
+"""Data: download and verify (sources), load and split (datasets, splits, folder)."""
 
 from maelab.data.datasets import Dataset, ImageSet, label_fraction, limit, load, split, training_sets
 from maelab.data.sources import NAMES, obtain
+from maelab.data.splits import compare_images
 
-__all__ = ["NAMES", "Dataset", "ImageSet", "label_fraction", "limit", "load", "obtain", "split", "training_sets"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "ImageSet",
+    "compare_images",
+    "label_fraction",
+    "limit",
+    "load",
+    "obtain",
+    "split",
+    "training_sets",
+]

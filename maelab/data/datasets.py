@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from maelab.config import DataConfig
 from maelab.data import formats, sources
+from maelab.data.splits import hold_out
 from maelab.errors import UsageError
 
 _DIGITS = tuple("0123456789")
@@ -72,10 +73,13 @@ class ImageSet:
         images: uint8 (N, C, H, W), contiguous; `MappedImages` where they are too large for memory: `images[:]` is a
             tensor in either case.
         labels: int64 (N,), or None where there are no labels.
+        keys: int64 (N,), on the CPU: equal for equal files of a folder (see `maelab.data.splits`); None in a set that
+            never changes.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
+    keys: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,11 +87,12 @@ class ImageSet:
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
         images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
-        return ImageSet(images, None if self.labels is None else self.labels[index])
+        keys = None if self.keys is None else self.keys[index.cpu()]
+        return ImageSet(images, None if self.labels is None else self.labels[index], keys)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`."""
-        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
+        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device), self.keys)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Dataset:
         checksums: file or array name -> MD5.
         skipped: images that could not be decoded, each "PATH (reason)".
         unlabelled: training images without a class, beside those with one; only pretraining takes them.
+        listing: the files of a folder, 16 bytes each, for `maelab.data.compare_images`; empty for a built-in set.
     """
 
     name: str
@@ -111,6 +117,7 @@ class Dataset:
     checksums: dict[str, str]
     skipped: tuple[str, ...] = ()
     unlabelled: ImageSet | None = None
+    listing: bytes = b""
 
 
 def load(
@@ -186,25 +193,27 @@ def cifar_set(batches: Sequence[bytes]) -> ImageSet:
 
 
 def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Cut a validation part off a training set: disjoint, seeded, and class-balanced if there are labels.
+    """Cut a validation part off a training set: disjoint and seeded.
+
+    The images of a folder decide each by its own key and the seed, so that it may grow: `maelab.data.splits.hold_out`.
+    Those of other sets are chosen by their positions, class-balanced if there are labels.
 
     Args:
-        fraction: share of the validation part, 0 <= fraction < 1; it gets round(fraction * N) images, at least one.
+        fraction: share of the validation part, 0 <= fraction < 1; of a folder about so many, otherwise
+            round(fraction * N) images, at least one.
     Returns: (training part, validation part), each in the original order. Fraction 0 gives an empty validation part.
     """
     if not 0 <= fraction < 1:
         raise UsageError(f"the validation fraction is {fraction}; it must be at least 0 and less than 1")
-    train, held_out = split_indices(data.labels, len(data), fraction, seed)
-    return data[train], data[held_out]
-
-
-def split_indices(labels: torch.Tensor | None, n: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions, int64 and ascending, that `split` puts into either part of `n` images."""
-    order, rank, count = _class_ranks(labels, n, seed)
+    if data.keys is not None:
+        held = hold_out(data.keys, None if data.labels is None else data.labels.cpu(), fraction, f"validation {seed}")
+        return data[(~held).nonzero()[:, 0]], data[held.nonzero()[:, 0]]
+    n = len(data)
+    order, rank, count = _class_ranks(data.labels, n, seed)
     # Sorted by how far each image is through its own class, every prefix is class-balanced.
     balanced = order[torch.argsort((rank + 0.5) / count, stable=True)]
     k = max(round(n * fraction), 1 if fraction > 0 and n > 1 else 0)
-    return balanced[k:].sort().values, balanced[:k].sort().values
+    return data[balanced[k:].sort().values], data[balanced[:k].sort().values]
 
 
 def limit(data: ImageSet, n: int, seed: int) -> ImageSet:
@@ -241,6 +250,22 @@ def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.
     return order, rank, sizes[shuffled]
 
 
+def _joined(train: ImageSet, more: ImageSet, val: ImageSet) -> ImageSet:
+    """Both sets in one, without those of `more` that also are in `val`."""
+    keys = None
+    if train.keys is not None and more.keys is not None and val.keys is not None:
+        more = more[(~torch.isin(more.keys, val.keys)).nonzero()[:, 0]]
+        assert more.keys is not None
+        keys = torch.cat([train.keys, more.keys])
+    assert train.labels is not None and more.labels is not None
+    images: Any = more.images
+    if isinstance(train.images, MappedImages):
+        images = train.images.joined(images)
+    else:
+        images = torch.cat([train.images, images])
+    return ImageSet(images, torch.cat([train.labels, more.labels]), keys)
+
+
 def training_sets(
     data: Dataset, config: DataConfig, fraction: float = 1.0, unlabelled: bool = False
 ) -> tuple[ImageSet, ImageSet]:
@@ -250,18 +275,13 @@ def training_sets(
         data: the whole data set.
         config: val_fraction, split_seed and limit are read.
         fraction: share of the training labels to keep, class-balanced.
-        unlabelled: train on the unlabelled images as well; their label is -1.
+        unlabelled: train on the unlabelled images as well, apart from copies of validation images; their label is -1.
     """
     train, val = split(data.train, config.val_fraction, config.split_seed)
     if fraction < 1:
         train = label_fraction(train, fraction, config.split_seed)
     if unlabelled and data.unlabelled is not None:
-        assert train.labels is not None and data.unlabelled.labels is not None
-        labels, more = torch.cat([train.labels, data.unlabelled.labels]), data.unlabelled.images
-        if isinstance(train.images, MappedImages):
-            train = ImageSet(cast(torch.Tensor, train.images.joined(cast(Any, more))), labels)
-        else:
-            train = ImageSet(torch.cat([train.images, more]), labels)
+        train = _joined(train, data.unlabelled, val)
     if config.limit is not None:
         train = limit(train, config.limit, config.split_seed)
     if not len(train) or not len(val):

@@ -2,8 +2,8 @@
 
 Layouts: one sub-folder per class; `train/` and `test/`, each with one sub-folder per class; or images without classes
 directly in the folder, for pretraining. Beside classes, a sub-folder `unlabelled/` holds images without a class, which
-only pretraining sees. Without `test/`, a tenth of every class is held out as the test part, fixed by the sorted file
-names.
+only pretraining sees. Without `test/`, about a tenth of the images with a class is held out as the test part, each by
+what its file holds, whatever lies beside it (see `maelab.data.splits`). Training leaves out copies of test images.
 
 Decoding: PNG, JPEG, WebP and BMP (the first frame); EXIF orientation is applied; transparent pixels are shown on
 white; 16-bit grey is scaled to 8 bits. Whatever cannot be decoded is named, skipped and counted.
@@ -33,14 +33,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from maelab.data.datasets import Dataset, ImageSet, MappedImages, split_indices
+from maelab.data.datasets import Dataset, ImageSet, MappedImages
 from maelab.data.sources import cache_dir
+from maelab.data.splits import KEY_BYTES, content_key, hold_out, list_of_images
 from maelab.errors import RunError, UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
-_TEST_FRACTION, _TEST_SEED = 0.1, 0
+_TEST_FRACTION = 0.1
 _MEMORY_SHARE = 0.8  # of what is free may be filled
 _MAPPED_ABOVE = 2**29  # bytes of pixels; cutting off a validation part doubles for a moment what lies in memory
 _UNLABELLED = ("unlabelled", "unlabeled")
@@ -50,7 +51,7 @@ _Result = TypeVar("_Result")
 class _File(NamedTuple):
     path: Path
     label: int  # -1 without a class
-    test: bool
+    test: bool  # in test/
 
 
 class _Header(NamedTuple):
@@ -65,10 +66,10 @@ class Found:
     """What a look at the headers of a folder's images says.
 
     Args:
-        classes: class name -> its images, those for testing left out; {} without classes.
-        unlabelled: images without a class.
+        classes: class name -> its images, those for testing and their copies left out; {} without classes.
+        unlabelled: images without a class, copies of those for testing left out.
         test: images for testing.
-        held_out: whether they are held out by seed, because the folder has no test/.
+        held_out: whether they are held out by their content, because the folder has no test/.
         side: median shorter side of all images, in pixels.
         smallest, largest: (height, width) of the images with the fewest and the most pixels.
         modes: Pillow's name of the pixel format -> images.
@@ -110,7 +111,7 @@ class Found:
         if self.classes:
             shown = [f"{name} {count}" for name, count in list(self.classes.items())[:20]]
             shown += [f"and {len(self.classes) - 20} more"] if len(self.classes) > 20 else []
-            kept = f"{self.test} for testing, {'held out by seed' if self.held_out else 'in test/'}"
+            kept = f"{self.test} for testing, {'held out by their content' if self.held_out else 'in test/'}"
             lines.append(f"{len(self.classes)} classes: {', '.join(shown)}; {self.unlabelled} unlabelled; {kept}")
         else:
             lines.append("no classes: all images are unlabelled")
@@ -126,28 +127,32 @@ class Found:
 
 
 def scan(spec: str) -> Found:
-    """Look at the images of "folder:PATH" without decoding them.
+    """Look at the images of "folder:PATH" without decoding them: their headers, and the bytes for the keys.
 
     Raises: UsageError (no such folder, no images, unclear layout).
     """
     root = _root(spec)
     files, class_names, given = _list_files(root)
     fingerprint = _fingerprint(files, root)
+    known = _cached_keys(files, root, fingerprint)
     broken: list[str] = []
-    pairs = list(_each(_read_header, files, root, broken))
+
+    def look(path: Path) -> tuple[_Header, bytes]:
+        return _read_header(path), known.get(path) or content_key(path)
+
+    pairs = list(_each(look, files, root, broken))
     if not pairs:
         raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
-    files, headers = [file for file, _ in pairs], [header for _, header in pairs]
-    if class_names and not given:
-        files = _hold_out(files)
+    files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
+    parts = _parts(files, [key for _, (_, key) in pairs], class_names, given)
     other = (path for path in root.rglob("*") if path.is_file() and path.name[0] != ".")
     ignored = Counter(path.suffix.lower() for path in other if path.suffix.lower() not in SUFFIXES)
-    count = Counter(file.label for file in files if not file.test)
+    count = Counter(parts.labels[~parts.test & ~parts.left_out].tolist())
     by_area = sorted(headers, key=lambda header: header.height * header.width)
     return Found(
         classes={name: count[label] for label, name in enumerate(class_names)},
         unlabelled=count[-1],
-        test=sum(file.test for file in files),
+        test=int(parts.test.sum()),
         held_out=bool(class_names) and not given,
         side=int(median(min(header.height, header.width) for header in headers)),
         smallest=(by_area[0].height, by_area[0].width),
@@ -197,21 +202,17 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels")
     if img_size is not None and min(img_size) < 1:
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
-    files, class_names, held_out = _list_files(root)
+    listed, class_names, given = _list_files(root)
     skipped: list[str] = []
-    headers = list(_each(_read_header, files, root, skipped))
+    headers = list(_each(_read_header, listed, root, skipped))
     if not headers:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     files = [file for file, _ in headers]
-    if class_names and not held_out:
-        files = _hold_out(files)
-    # Stable: labelled, unlabelled, test, so that every part is a slice.
-    files.sort(key=lambda file: (file.test, bool(class_names) and file.label < 0))
     height, width = img_size or _default_size([header for _, header in headers])
     channels = in_chans or (1 if all(header.mode in _GREY_MODES for _, header in headers) else 3)
     needed, free = len(files) * channels * height * width, _available_memory()
     if mapped := needed > _MAPPED_ABOVE:
-        images, kept, image_md5 = _read_cached(files, root, (channels, height, width), skipped)
+        images, kept, keys, image_md5 = _read_cached(listed, files, root, (channels, height, width), skipped)
     else:
         if needed > _MEMORY_SHARE * free:
             raise RunError(
@@ -219,68 +220,84 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
                 f"memory and {free / 2**30:.1f} GiB are free; choose a smaller --img-size or fewer images"
             )
         images = np.empty((len(files), channels, height, width), np.uint8)
-        kept = []
-        for file, pixels in _each(lambda path: _decode(path, (height, width), channels), files, root, skipped):
+        kept, keys = [], []
+        for file, (pixels, key) in _decode_each(files, (height, width), channels, root, skipped):
             images[len(kept)] = pixels
             kept.append(file)
+            keys.append(key)
         images = images[: len(kept)]
         image_md5 = _md5(images)
     skipped.sort()
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
+    parts = _parts(kept, keys, class_names, given)
+    for line in _copies(parts, kept, root):
+        print(f"maelab: {line}", file=sys.stderr)
+    train = ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
-        if not any(file.label == label and not file.test for file in kept):
+        if not bool((train & (parts.labels == label)).any()):
             raise UsageError(f"class {class_name!r} in {root} has no good training image; every class needs two")
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         print(f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}", file=sys.stderr)
-    n_train = sum(not file.test and (file.label >= 0 or not class_names) for file in kept)
-    n_test = sum(file.test for file in kept)
-    labels = np.array([file.label for file in kept], np.int64)
-    checksums = {"images": image_md5, "labels": _md5(labels)} if class_names else {"images": image_md5}
+    checksums = {"images": image_md5, "files": _md5(parts.keys.numpy())}
+    if class_names:
+        checksums["labels"] = _md5(parts.labels.numpy())
 
-    def part(rows: slice) -> ImageSet:
+    def part(chosen: torch.Tensor) -> ImageSet | None:
+        rows = chosen.nonzero()[:, 0]
+        if not len(rows):
+            return None
         if mapped:
-            pixels = cast(torch.Tensor, MappedImages(cast(np.memmap, images), torch.arange(len(kept))[rows]))
+            pixels = cast(torch.Tensor, MappedImages(cast(np.memmap, images), rows))
         else:
-            pixels = torch.from_numpy(images[rows])
-        return ImageSet(pixels, torch.from_numpy(labels[rows]) if class_names else None)
+            pixels = torch.from_numpy(images)[rows]
+        return ImageSet(pixels, parts.labels[rows] if class_names else None, parts.keys[rows])
 
-    test = part(slice(len(kept) - n_test, None)) if n_test else None
-    unlabelled = part(slice(n_train, len(kept) - n_test)) if n_train + n_test < len(kept) else None
-    return Dataset(spec, part(slice(n_train)), test, class_names, checksums, tuple(skipped), unlabelled)
+    labelled = (parts.labels >= 0) | (not class_names)
+    training = part(train & labelled)
+    if training is None:
+        raise UsageError(f"every image in {root / 'train'} is also in {root / 'test'}; none is left to train on")
+    listing = list_of_images(zip((file.path.relative_to(root) for file in kept), keys, strict=True))
+    test, unlabelled = part(parts.test), part(train & ~labelled)
+    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
 def _read_cached(
-    files: list[_File], root: Path, shape: tuple[int, int, int], skipped: list[str]
-) -> tuple[np.memmap, list[_File], str]:
+    listed: list[_File], files: list[_File], root: Path, shape: tuple[int, int, int], skipped: list[str]
+) -> tuple[np.memmap, list[_File], list[bytes], str]:
     """All images from their file in the cache, decoded into it if they have changed since, or never were.
 
     The file's name depends on `_fingerprint` and shape; an older one of the same folder and shape is removed. Two
     processes wait for each other; a reader whose file is removed keeps it until its end.
 
+    Args:
+        listed, files: all of the folder, and those of them to decode.
+
     Returns:
-        The images, memory-mapped, uint8 (N, *shape), those of `files` that they are, and their MD5.
+        The images, memory-mapped, uint8 (N, *shape), those of `files` that they are, their keys, and their MD5.
     """
     from filelock import FileLock
 
     folder = cache_dir() / "folders"
+    fingerprint = _fingerprint(listed, root)
     about = {"folder": str(root.resolve()), "shape": list(shape)}
-    key = hashlib.sha256(f"{about} {_fingerprint(files, root)}".encode(errors="surrogateescape")).hexdigest()[:32]
-    pixels, note = folder / f"{key}.uint8", folder / f"{key}.json"
+    name = hashlib.sha256(f"{about} {fingerprint}".encode(errors="surrogateescape")).hexdigest()[:32]
+    pixels, note = folder / f"{name}.uint8", folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            known = _read_note(note, pixels)
-            if known is None:
+        with FileLock(folder / f"{name}.lock"):
+            known = _read_note(note)
+            if not _is_whole(known, pixels):
                 for old in folder.glob("*.json"):
-                    if about.items() <= (_read_note(old, old.with_suffix(".uint8"), check=False) or {}).items():
+                    if about.items() <= _read_note(old).items():
                         old.unlink()
                         old.with_suffix(".uint8").unlink(missing_ok=True)
-                known = about | _decode_into(pixels, files, root, shape)
+                place = {file: i for i, file in enumerate(listed)}
+                known = {**about, "fingerprint": fingerprint, **_decode_into(pixels, files, place, root, shape)}
                 part = note.with_suffix(".part")
                 part.write_text(json.dumps(known))
                 os.replace(part, note)
@@ -293,17 +310,38 @@ def _read_cached(
             f"cannot keep decoded images in {folder}: {reason}; set MAELAB_DATA to another folder"
         ) from error
     skipped += known["skipped"]
-    return cast(np.memmap, images), [files[i] for i in known["kept"]], known["md5"]
+    return cast(np.memmap, images), [listed[i] for i in known["kept"]], _keys_of(known), known["md5"]
 
 
-def _read_note(note: Path, pixels: Path, check: bool = True) -> dict[str, Any] | None:
-    """What is known of a file of images; None if there is nothing, or if the file is not what was noted."""
+def _cached_keys(listed: list[_File], root: Path, fingerprint: str) -> dict[Path, bytes]:
+    """The keys of the files of a folder that lies decoded in the cache: reading them all again would take too long."""
+    for file in (cache_dir() / "folders").glob("*.json"):
+        note = _read_note(file)
+        if (note.get("folder"), note.get("fingerprint")) == (str(root.resolve()), fingerprint):
+            return {listed[i].path: key for i, key in zip(note["kept"], _keys_of(note), strict=True)}
+    return {}
+
+
+def _keys_of(note: dict[str, Any]) -> list[bytes]:
+    keys = bytes.fromhex(note["keys"])
+    return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    """What was noted of a file of images, {} if nothing was."""
     try:
         known = json.loads(note.read_text())
-        good = not check or known["sample"] == _sample(pixels, len(known["kept"]), math.prod(known["shape"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return known if good else None
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _is_whole(known: dict[str, Any], pixels: Path) -> bool:
+    """Whether a file of images is what was noted."""
+    try:
+        return known["sample"] == _sample(pixels, len(known["kept"]), math.prod(known["shape"])) and "keys" in known
+    except (OSError, KeyError, TypeError):
+        return False
 
 
 def _sample(pixels: Path, n: int, size: int) -> str:
@@ -316,11 +354,14 @@ def _sample(pixels: Path, n: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def _decode_into(pixels: Path, files: list[_File], root: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+def _decode_into(
+    pixels: Path, files: list[_File], place: dict[_File, int], root: Path, shape: tuple[int, int, int]
+) -> dict[str, Any]:
     """Decode all images into one file, put in place when it is whole.
 
     Returns:
-        What to note: "kept" (positions in `files`), "skipped", "md5", "sample".
+        What to note: "kept" (the place of each), "keys" (of each, in one text of hexadecimals), "skipped", "md5",
+        "sample".
     """
     needed, free = len(files) * math.prod(shape), shutil.disk_usage(pixels.parent).free
     if needed > free:
@@ -329,22 +370,23 @@ def _decode_into(pixels: Path, files: list[_File], root: Path, shape: tuple[int,
             " are free; set MAELAB_DATA to another folder, or choose a smaller --img-size"
         )
     print(f"maelab: decoding {len(files)} images once, into {pixels} ({needed / 2**30:.1f} GiB)", file=sys.stderr)
-    place = {file: i for i, file in enumerate(files)}
     kept: list[int] = []
+    keys: list[bytes] = []
     skipped: list[str] = []
     digest, part = hashlib.md5(usedforsecurity=False), pixels.with_suffix(".part")
     try:
         with open(part, "wb") as out:
-            for file, image in _each(lambda path: _decode(path, shape[1:], shape[0]), files, root, skipped):
+            for file, (image, key) in _decode_each(files, shape[1:], shape[0], root, skipped):
                 content = image.tobytes()
                 digest.update(content)
                 out.write(content)
                 kept.append(place[file])
+                keys.append(key)
         os.replace(part, pixels)
     finally:
         part.unlink(missing_ok=True)
     sample = _sample(pixels, len(kept), math.prod(shape))
-    return {"kept": kept, "skipped": skipped, "md5": digest.hexdigest(), "sample": sample}
+    return {"kept": kept, "keys": b"".join(keys).hex(), "skipped": skipped, "md5": digest.hexdigest(), "sample": sample}
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
@@ -413,13 +455,49 @@ def list_images(folder: Path, deep: bool = True) -> list[Path]:
     return sorted(found, key=lambda path: path.as_posix())
 
 
-def _hold_out(files: list[_File]) -> list[_File]:
-    """Mark a tenth of every class for testing, always the same for the same sorted file names."""
-    labelled = torch.tensor([i for i, file in enumerate(files) if file.label >= 0])
-    labels = torch.tensor([file.label for file in files if file.label >= 0])
-    _, chosen = split_indices(labels, len(labels), _TEST_FRACTION, _TEST_SEED)
-    test = set(labelled[chosen].tolist())
-    return [file._replace(test=i in test) for i, file in enumerate(files)]
+class _Parts(NamedTuple):
+    """What each image of a folder is for.
+
+    Args:
+        keys, labels: int64 (N,); label -1 without a class.
+        test: bool (N,), for testing.
+        left_out: bool (N,), for nothing, since a copy is for testing.
+    """
+
+    keys: torch.Tensor
+    labels: torch.Tensor
+    test: torch.Tensor
+    left_out: torch.Tensor
+
+
+def _copies(parts: _Parts, files: list[_File], root: Path) -> list[str]:
+    """What identical files do to the parts, for people."""
+    _, which, count = parts.keys.unique(return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for i in (count[which] > 1).nonzero()[:, 0].tolist():
+        groups.setdefault(int(which[i]), []).append(i)
+    lines = []
+    labelled = [[i for i in group if files[i].label >= 0] for group in groups.values()]
+    torn = [group for group in labelled if len({files[i].label for i in group}) > 1]
+    if torn:
+        named = " and ".join(str(files[i].path.relative_to(root)) for i in (torn[0][0], torn[0][-1]))
+        lines.append(f"{sum(map(len, torn))} identical files lie in different classes, for example {named}")
+    if left_out := parts.left_out.nonzero()[:, 0].tolist():
+        copied = next(i for i in groups[int(which[left_out[0]])] if parts.test[i])
+        named = " as ".join(str(files[i].path.relative_to(root)) for i in (left_out[0], copied))
+        lines.append(f"left {len(left_out)} images out of training, which are also test images: for example {named}")
+    return lines
+
+
+def _parts(files: list[_File], keys: list[bytes], class_names: tuple[str, ...], given: bool) -> _Parts:
+    """Share out the images; `given`: by test/ of the folder itself."""
+    number = torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
+    labels = torch.tensor([file.label for file in files])
+    test = torch.tensor([file.test for file in files])
+    if class_names and not given:
+        labelled = labels >= 0
+        test[labelled] = hold_out(number[labelled], labels[labelled], _TEST_FRACTION, "test")
+    return _Parts(number, labels, test, ~test & torch.isin(number, number[test]))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -446,6 +524,13 @@ def _each(
                     skipped.append(f"{file.path.relative_to(root)} ({reason})")
                 else:
                     yield file, result
+
+
+def _decode_each(
+    files: list[_File], size: tuple[int, int], channels: int, root: Path, skipped: list[str]
+) -> Iterator[tuple[_File, tuple[np.ndarray, bytes]]]:
+    """(file, (pixels, key)) as `_each`."""
+    return _each(lambda path: (_decode(path, size, channels), content_key(path)), files, root, skipped)
 
 
 def _reason(error: Exception, path: Path) -> str:

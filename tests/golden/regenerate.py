@@ -18,9 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import read_cifar_small, read_mnist_small, write_folder
+from conftest import read_cifar_small, read_mnist_small
 
 from maelab.config import FinetuneConfig, LoopConfig, PretrainConfig, RunOptions
+from maelab.data import split
 from maelab.tasks import finetune, pretrain
 from maelab.training.loop import Outcome, Task, train
 from maelab.training.parallel import Engine
@@ -75,8 +76,11 @@ CURVES = {
 
 def record(curve: Curve, folder: Path) -> list[float]:
     """Train in `folder` and return the loss of each step, the mean over its parts."""
-    data = read_mnist_small() if curve.images == "mnist" else read_cifar_small()
-    images = write_folder(folder / "images", data.train, data.class_names, 30)
+    whole = read_mnist_small() if curve.images == "mnist" else read_cifar_small()
+    assert whole.train.labels is not None
+    first = [(whole.train.labels == label).nonzero()[:30, 0] for label in range(10)]
+    train_set, test_set = split(whole.train[torch.cat(first)], 0.1, seed=0)
+    data = replace(whole, train=train_set, test=test_set)
     parts: list[float] = []
 
     def recording(engine: Engine, run: Path, task: Task, config: LoopConfig, tracker: None) -> Outcome:
@@ -87,9 +91,11 @@ def record(curve: Curve, folder: Path) -> list[float]:
 
         return train(engine, run, replace(task, step_loss=step_loss), config, tracker)
 
-    config = replace(curve.config, data=f"folder:{images}")
+    config = replace(curve.config, data=data.name)
     options = RunOptions(out=folder / "run", device="cpu", threads=1)
     with pytest.MonkeyPatch.context() as patch:
+        for task in (pretrain, finetune):
+            patch.setattr(task, "load", lambda *_, **__: data)
         if isinstance(config, PretrainConfig):
             patch.setattr(pretrain, "train", recording)
             pretrain.pretrain(config, options=options)
