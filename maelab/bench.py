@@ -26,6 +26,7 @@ from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
 from maelab.errors import MaelabError, UsageError
 from maelab.export import export
+from maelab.model.masks import len_keep
 from maelab.runs import write_atomically, write_json
 from maelab.tasks import finetune, pretrain
 from maelab.training import blocks
@@ -176,7 +177,7 @@ def products(
             yield from block(D, config.num_heads, prefix + patches, prefix + patches)
         yield from linear(1, D, CLASSES)
         return
-    visible = int(patches * (1 - config.mask_ratio))
+    visible = len_keep(patches, config.mask_ratio)
     yield from linear(visible, pixels, D, first=True)
     for _ in range(config.depth):
         yield from block(D, config.num_heads, prefix + visible, prefix + visible)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import maelab
+from maelab.data import ImageSet
 from maelab.data.batches import scale
-from maelab.data.datasets import ImageSet
 from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -91,7 +91,7 @@ def export(
 
 
 def _preprocessing(model: VisionTransformer) -> dict[str, Any]:
-    """What an image goes through first: see `maelab.data.folder`."""
+    """What an image goes through first: see `maelab.data.decode`."""
     height, width = model.img_size
     return {
         "channels": model.in_chans,

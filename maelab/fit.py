@@ -53,7 +53,7 @@ def fit(
     decides. Each stage is a run folder: stopped, the same call goes on; complete, it only answers again.
 
     Args:
-        folder: images, in one of the layouts of `maelab.data.folder`.
+        folder: images, in one of the layouts of `maelab.data.layout`.
         minutes: time to spend in all.
         seed: of everything random but the cuts.
         out: folder for the runs, the page and fit.json; None is runs/fit-NAME.

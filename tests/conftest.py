@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from processes import Maelab
 
-from maelab.data.datasets import Dataset, ImageSet, cifar_set, idx_set
+from maelab.data.datasets import cifar_set, idx_set
+from maelab.data.sets import Dataset, ImageSet
 
 DATA = Path(__file__).parent / "data"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from maelab.data import ImageSet
 from maelab.data.batches import (
     batch_index,
     epoch_order,
@@ -11,7 +12,6 @@ from maelab.data.batches import (
     steps_per_epoch,
     unscale,
 )
-from maelab.data.datasets import ImageSet
 from maelab.errors import UsageError
 
 

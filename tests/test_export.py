@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from maelab.cli import main
 from maelab.data.batches import scale
-from maelab.data.folder import read_all
+from maelab.data.images import read_all
 from maelab.errors import MaelabError
 from maelab.export import export
 from maelab.inference import class_probabilities, classification_scores

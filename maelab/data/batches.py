@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from maelab.data.datasets import ImageSet
+from maelab.data.sets import ImageSet
 from maelab.errors import UsageError
 
 _ORDER, _STEP, _MODEL = 0, 1, 2  # keep the streams apart

@@ -14,22 +14,21 @@ from maelab import figures
 from maelab.config import RunOptions
 from maelab.data import ImageSet
 from maelab.data.batches import scale, unscale
-from maelab.data.folder import decode_image, find_images, list_images, to_eight_bits
+from maelab.data.decode import decode_image, to_eight_bits
+from maelab.data.images import find_images
+from maelab.data.layout import list_images
 from maelab.data.sources import NAMES, cache_dir
 from maelab.errors import MaelabError, UsageError
 from maelab.inference import (
-    MaskKind,
     attention_maps,
     attention_rollout,
     attention_to_patches,
     class_probabilities,
-    hidden_count,
-    hide_first,
-    hiding_order,
     reconstruct_images,
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
+from maelab.model.masks import MaskKind, hidden_count, hide_first, hiding_order
 from maelab.names import visible
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine

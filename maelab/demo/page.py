@@ -23,7 +23,7 @@ from maelab.demo.guard import UPLOAD_BYTES, Guard
 from maelab.demo.logic import Loaded
 from maelab.errors import UsageError
 from maelab.figures import to_picture
-from maelab.inference import MaskKind
+from maelab.model.masks import MaskKind
 from maelab.names import visible
 
 BOARD = 140  # pixels of a drawing's side, as board.js sends it

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from maelab.model import masks
 from maelab.model.vit import LAYER_NORM_EPS, Block, VisionTransformer, take_tokens
 
 NORM_PIX_EPS = 1e-6
@@ -23,14 +24,14 @@ def random_masking(
 
     Args:
         x: (B, L, D).
-        mask_ratio: share of tokens to hide; int(L * (1 - mask_ratio)) are kept.
+        mask_ratio: share of tokens to hide; `masks.len_keep` are kept.
         noise: (B, L); drawn uniformly when None.
 
     Returns:
         x_visible (B, len_keep, D), mask (B, L) with 1 = hidden, ids_restore (B, L).
     """
     B, L, _ = x.shape
-    len_keep = int(L * (1 - mask_ratio))
+    len_keep = masks.len_keep(L, mask_ratio)
     if noise is None:
         noise = torch.rand(B, L, device=x.device)
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
@@ -102,7 +103,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             noise, len_keep = mask.reshape(B, L).bool().to(torch.uint8), L - int(hidden[0])
         else:
             noise = torch.rand(B, L, device=imgs.device) if noise is None else noise.reshape(B, L)
-            len_keep = int(L * (1 - mask_ratio))
+            len_keep = masks.len_keep(L, mask_ratio)
         if len_keep < 1:
             raise ValueError(f"a mask ratio of {mask_ratio} leaves none of the {L} patches visible")
         return torch.argsort(noise, dim=1, stable=True), len_keep

@@ -12,7 +12,7 @@ import torch
 
 from maelab.config import RunOptions
 from maelab.data import ImageSet
-from maelab.data.folder import read_batches
+from maelab.data.images import read_batches
 from maelab.errors import RunError, UsageError
 from maelab.inference import extract_features
 from maelab.model import VisionTransformer

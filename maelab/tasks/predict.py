@@ -10,7 +10,7 @@ from maelab import figures
 from maelab.config import RunOptions
 from maelab.data import ImageSet
 from maelab.data.batches import scale
-from maelab.data.folder import read_batches
+from maelab.data.images import read_batches
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities
 from maelab.model import MaskedAutoencoderViT, VisionTransformer

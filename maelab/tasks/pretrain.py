@@ -16,13 +16,12 @@ from maelab.inference import (
     check_masking,
     count_parameters,
     extract_features,
-    hidden_count,
     knn_accuracy,
-    make_mask,
     masked_mse,
     reconstruct_images,
 )
 from maelab.model import MaskedAutoencoderViT, patchify
+from maelab.model.masks import hidden_count, make_mask
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import StepLoss, Task, train

@@ -9,19 +9,16 @@ import torch
 from maelab import figures
 from maelab.config import RunOptions
 from maelab.data.batches import scale
-from maelab.data.folder import read_mask
+from maelab.data.images import read_mask
 from maelab.errors import UsageError
 from maelab.inference import (
-    MaskKind,
     caption,
     check_masking,
-    hidden_count,
-    hide_first,
-    hiding_order,
     reconstruct_images,
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT
+from maelab.model.masks import MaskKind, hidden_count, hide_first, hiding_order
 from maelab.training.checkpoint import images_to_show, load_model
 from maelab.training.parallel import prepare, start_engine
 
@@ -48,7 +45,7 @@ def reconstruct(
         images: image files, folders or globs; none takes test images of the data set that the model was trained on.
         mask_ratios: one group of rows for each; None is the ratio of training.
         mask_kind: 'random'; 'block': one block for each image; 'grid': the regular pattern nearest to the ratio.
-        mask_file: an image or text that says what to hide, instead; see `maelab.data.folder.read_mask`.
+        mask_file: an image or text that says what to hide, instead; see `maelab.data.images.read_mask`.
         sweep: draw the ratios 0.1 to 0.9 instead, or an animation in which patches vanish one after the other, each
             mask within the next.
         count: how many images of the data set.

@@ -15,7 +15,7 @@ from torch import nn
 
 from maelab.config import DataConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, training_sets
-from maelab.data.folder import read_all
+from maelab.data.images import read_all
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import as_json, find_checkpoint, read_checkpoint, write_atomically

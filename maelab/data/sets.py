@@ -1,0 +1,105 @@
+"""Images with their labels, in memory or in a file, and the data set that they make up."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class MappedImages:
+    """Images that stay in a file, in the place of a tensor (N, C, H, W): indexing reads what it names, as a tensor.
+
+    Args:
+        file: uint8, memory-mapped.
+        rows: int64 (N,), which images of the file these are.
+        device: where what is read goes.
+    """
+
+    def __init__(self, file: np.memmap, rows: torch.Tensor, device: torch.device | str = "cpu") -> None:
+        self._file, self._rows, self.device = file, rows, torch.device(device)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self._rows), *self._file.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        rows = self.subset(index)._rows
+        images = torch.from_numpy(np.asarray(self._file[rows.numpy()]))  # a list of rows is a copy
+        with contextlib.suppress(AttributeError, OSError):  # pages stay in the system's cache, but are no longer ours
+            self._file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        return images.to(self.device)
+
+    def subset(self, index: torch.Tensor | slice) -> MappedImages:
+        """Those at `index`, unread."""
+        rows = self._rows[index if isinstance(index, slice) else index.cpu()]
+        return MappedImages(self._file, rows, self.device)
+
+    def joined(self, other: MappedImages) -> MappedImages:
+        """These and others of the same file, unread."""
+        return MappedImages(self._file, torch.cat([self._rows, other._rows]), self.device)
+
+    def to(self, device: torch.device | str) -> MappedImages:
+        return MappedImages(self._file, self._rows, device)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their labels.
+
+    Args:
+        images: uint8 (N, C, H, W), contiguous; `MappedImages` where they are too large for memory: `images[:]` is a
+            tensor in either case.
+        labels: int64 (N,), or None where there are no labels.
+        keys: int64 (N,), on the CPU: equal for equal files of a folder (see `maelab.data.splits`); None in a set that
+            never changes.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    keys: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: torch.Tensor) -> ImageSet:
+        """The subset at the positions `index`, int64 (n,), in that order."""
+        images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
+        keys = None if self.keys is None else self.keys[index.cpu()]
+        return ImageSet(images, None if self.labels is None else self.labels[index], keys)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device), self.keys)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with its test part.
+
+    Args:
+        name: the spec it was loaded by: "mnist", "fashion-mnist", "cifar10" or "folder:PATH".
+        train: all training images; a validation part is cut from it with `split`.
+        test: None for a folder without classes.
+        class_names: by label; () without labels.
+        checksums: file or array name -> MD5.
+        skipped: images that could not be decoded, each "PATH (reason)".
+        unlabelled: training images without a class, beside those with one; only pretraining takes them.
+        listing: the files of a folder, 16 bytes each, for `maelab.data.compare_images`; empty for a built-in set.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet | None
+    class_names: tuple[str, ...]
+    checksums: dict[str, str]
+    skipped: tuple[str, ...] = ()
+    unlabelled: ImageSet | None = None
+    listing: bytes = b""
