@@ -403,13 +403,14 @@ DAMAGE = {
     + [(command, "config.json", "cut") for command in ("reconstruct", "probe", "finetune smoke --init", "info")],
 )
 def test_a_damaged_checkpoint_is_named(command, file, damage, work, maelab, tmp_path):
-    target = copy(work, "mae", tmp_path) / "checkpoints" / "best" / file
+    shutil.copytree(work / "mae" / "checkpoints" / "best", tmp_path / "mae")  # which has no checkpoint before it
+    target = tmp_path / "mae" / file
     target.write_bytes(DAMAGE[damage](target.read_bytes()))
     data = ["--data", "folder:nowhere"] if "finetune" in command else []
     ended = maelab.run(*command.split(), "mae", *data, cwd=tmp_path)
     # A sound config.json of another model shows only when the weights do not fit.
     named = "model.safetensors" if damage == "other" else file
-    assert ended.status == 1 and ended.error().startswith(f"mae/checkpoints/best/{named} is damaged or ")
+    assert ended.status == 1 and ended.error().startswith(f"mae/{named} is damaged")
 
 
 @pytest.mark.parametrize("file", ["config.json", "result.json", "env.json"])
@@ -452,7 +453,7 @@ def test_a_picture_that_cannot_be_written(work, maelab, tmp_path):
     ("room", "file"),
     [
         (100, "new/config.json"),
-        (5_000, "new/checkpoints/best/model.safetensors"),
+        (5_000, "new/checkpoints/last/model.safetensors"),
         (200_000, "new/checkpoints/last/training.pt"),
     ],
 )

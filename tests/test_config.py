@@ -28,7 +28,7 @@ READERS: dict[type, list[str]] = {
     PretrainConfig: [*SHARED, "tasks/pretrain.py"],
     FinetuneConfig: [*SHARED, "tasks/finetune.py"],
     ProbeConfig: [*SHARED, "tasks/probe.py"],
-    RunOptions: [*SHARED, "tasks/*.py"],
+    RunOptions: [*SHARED, "runs/*.py", "tasks/*.py"],
 }
 HOLDERS = {"config", "cfg", "options", "self"}  # names that a config goes by
 

@@ -123,7 +123,7 @@ def test_images_of_train_that_are_also_in_test_are_left_out(digits_folder: Path,
         load(f"folder:{tmp_path / 'own'}")
     for part in ("train", "test"):
         shutil.copytree(digits_folder / "0", tmp_path / "flat" / part)
-    with pytest.raises(UsageError, match="is also in .*; none is left to train on"):
+    with pytest.raises(UsageError, match=r"is also in .*; none is left to train on"):
         load(f"folder:{tmp_path / 'flat'}")
 
 

@@ -25,6 +25,7 @@ from maelab.config import RunOptions
 from maelab.names import csv_cell, encodable, shell_word, short, visible
 from maelab.report import figures as drawings
 from maelab.report.groups import Group, load
+from maelab.runs import commit
 from maelab.tasks.predict import predict
 from maelab.training.checkpoint import read_spec
 from maelab.training.parallel import log_outcome
@@ -283,7 +284,7 @@ def test_the_page_shows_names_and_commands_that_can_be_copied(trained, maelab: M
 
 
 def test_a_tracker_without_pictures_still_gets_the_model(tmp_path):
-    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    commit(tmp_path, {"best/config.json": b"{}", "best/model.safetensors": b""}, {})
     sent: list[str] = []
 
     class Client:

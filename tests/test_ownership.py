@@ -1,5 +1,6 @@
 """What lies beside maelab's files stays: hidden files, links and folders, whatever happens to the command."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -37,9 +38,9 @@ def everything(folder: Path) -> dict[str, bytes | str]:
     found: dict[str, bytes | str] = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
-        found[name] = (
-            f"-> {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else path.read_bytes()
-        )
+        with contextlib.suppress(FileNotFoundError):  # a run at work is faster
+            kind = f"-> {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else ""
+            found[name] = kind or path.read_bytes()
     return found
 
 

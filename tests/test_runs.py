@@ -448,8 +448,8 @@ def test_a_disk_too_full_for_the_pictures(maelab, whole, data, tmp_path):
     ended = maelab.run(*line, cwd=tmp_path, largest_file=4000)
     assert ended.status == 0
     assert ended.err.splitlines()[-2:] == [
-        f"the picture {name}.png could not be drawn: cannot write run/figures/{name}.png: File too large; what was"
-        " there before stands; the result stands"
+        f"the picture {name}.png could not be drawn: cannot write run/figures/{name}.png: File too large;"
+        " the result stands"
         for name in ("reconstructions", "curves")
     ]
     assert result(tmp_path / "run") == result(whole(*PRETRAIN)) and not list((tmp_path / "run" / "figures").iterdir())

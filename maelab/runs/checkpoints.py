@@ -11,6 +11,7 @@ one of the two places.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -224,12 +225,17 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             files, notes = intact(run, names)
         if files:
             for note in notes:
-                print(f"maelab: {note}; the checkpoint before it is used", file=sys.stderr)
+                _say_once(f"maelab: {note}; the checkpoint before it is used")
             return Checkpoint(*(files[name] for name in names))
     for folder in (path, *(checkpoints(path) / kind for kind in kinds)):
         if all((folder / name).is_file() for name in PORTABLE):
             return Checkpoint(*(folder / name for name in PORTABLE))
     raise UsageError(f"{path} holds no checkpoint (looked for {MODEL} and {CONFIG}, and for checkpoints/)")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:

@@ -42,7 +42,7 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> N
         put(path, content)
         sync_folder(path.parent)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before stands") from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def put(path: Path, content: bytes | Callable[[Path], object]) -> None:
