@@ -292,7 +292,7 @@ def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[
         raise UsageError(f"{spec.data or 'its data set'} is not on this machine")
     config = config_of(run)
     split = "val" if "val_fraction" in config else "test"
-    part = choose_part(load_matching_data(spec, None, data_dir), split, config)
+    part = choose_part(load_matching_data(spec, None, data_dir), split, run, spec.data)
     return part[torch.arange(min(len(part), MEASURED))], split
 
 

@@ -1,5 +1,6 @@
 """Which images of a folder are held out, however the folder changes, and what is said of the changes."""
 
+import json
 import shutil
 import unicodedata
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
+from processes import Maelab
 
 from maelab.config import PretrainConfig
 from maelab.data import Dataset, compare_images, load, training_sets
@@ -240,3 +242,79 @@ def test_paths_are_told_apart_as_people_do() -> None:
     one, other = (list_of_images([(unicodedata.normalize(form, name), b"12345678")]) for form in ("NFC", "NFD"))
     assert one == other
     assert list_of_images([(Path("bad\udcff.png"), b"12345678")]) != one
+
+
+# --- what a run says later -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(maelab: Maelab, digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with `digits` and a classifier of them, in `run`."""
+    work = tmp_path_factory.mktemp("trained")
+    shutil.copytree(digits_folder, work / "digits")
+    line = (
+        "finetune",
+        "smoke",
+        "--data",
+        "folder:digits",
+        "--limit",
+        40,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+        "--out",
+        "run",
+    )
+    assert (ended := maelab.run(*line, cwd=work)).status == 0, ended
+    return work
+
+
+CHANGED = "folder:digits has changed since run was trained: 2 images were added, 1 removed, 1 changed\n"
+
+
+def test_commands_say_what_has_changed_in_the_runs_own_folder(trained: Path, maelab: Maelab, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained, tmp_path / "work"))
+    lines = (
+        ("evaluate", "run", "--threads", 1),
+        ("evaluate", "run", "--split", "val", "--threads", 1),
+        ("evaluate", "run", "--data", f"folder:{work / 'digits'}", "--threads", 1),
+        ("features", "run", "--split", "train", "--threads", 1),
+        ("export", "run", "--int8", "--out", "a.onnx"),
+    )
+    for line in lines[:2]:
+        assert "has changed" not in maelab.run(*line, cwd=work).err
+    files = sorted((work / "digits" / "3").iterdir())
+    files[0].unlink()
+    Image.new("L", (28, 28), 7).save(files[1])
+    for i in (1, 2):
+        Image.new("L", (28, 28), 100 + i).save(work / "digits" / "3" / f"new{i}.png")
+    for line in lines:
+        ended = maelab.run(*line, cwd=work)
+        said = CHANGED.replace("folder:digits", f"folder:{work / 'digits'}") if "--data" in line else CHANGED
+        assert ended.status == 0 and said in ended.err, ended
+    ended = maelab.run("predict", "run", "digits", "--threads", 1, cwd=work)
+    seen = "digits is the folder that run was trained on, so it has seen most of these images; since then 2 images were"
+    assert ended.status == 0 and f"{seen} added, 1 removed, 1 changed\n" in ended.err
+
+
+def test_another_folder_without_test_is_evaluated_whole(trained: Path, maelab: Maelab, mnist_small, tmp_path) -> None:
+    """The model saw none of its images, however they are shared out."""
+    work = Path(shutil.copytree(trained, tmp_path / "work"))
+    write_folder(work / "other", mnist_small.test, mnist_small.class_names, 5)
+    line = ("evaluate", "run", "--threads", 1, "--json")
+    assert maelab.run(*line, "--data", "folder:other", cwd=work).json()["images"] == 50
+    own = maelab.run(*line, cwd=work).json()["images"]
+    assert 0 < own < 60 and maelab.run(*line, "--data", "folder:../work/digits", cwd=work).json()["images"] == own
+    shutil.copytree(work / "digits" / "0", work / "other" / "0", dirs_exist_ok=True)  # some that it saw
+    assert maelab.run(*line, "--data", "folder:other", cwd=work).json()["images"] < 30
+
+
+def test_a_run_of_another_split_is_not_measured_on_it(trained: Path, maelab: Maelab, tmp_path: Path) -> None:
+    """Its environment lacks the sum of the files, as of a run made when images were held out by their places."""
+    work = Path(shutil.copytree(trained, tmp_path / "work"))
+    about = json.loads((work / "run" / "env.json").read_text())
+    del about["data_md5"]["files"]
+    (work / "run" / "env.json").write_text(json.dumps(about))
+    ended = maelab.run("evaluate", "run", "--threads", 1, cwd=work)
+    assert ended.status == 2 and "was trained when images were held out by their places" in ended.error()

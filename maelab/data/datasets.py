@@ -152,12 +152,17 @@ def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.
     return order, rank, sizes[shuffled]
 
 
-def _joined(train: ImageSet, more: ImageSet, val: ImageSet) -> ImageSet:
+def whole(data: Dataset) -> ImageSet:
+    """All images of a folder whose test part was held out of them, or that has none."""
+    return data.train if data.test is None else _joined(data.train, data.test, None)
+
+
+def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
     """Both sets in one, without those of `more` that also are in `val`."""
     keys = None
-    if train.keys is not None and more.keys is not None and val.keys is not None:
+    if val is not None and more.keys is not None and val.keys is not None:
         more = more[(~torch.isin(more.keys, val.keys)).nonzero()[:, 0]]
-        assert more.keys is not None
+    if train.keys is not None and more.keys is not None:
         keys = torch.cat([train.keys, more.keys])
     assert train.labels is not None and more.labels is not None
     images: Any = more.images

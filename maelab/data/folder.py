@@ -210,7 +210,15 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         raise UsageError(f"every image in {root / 'train'} is also in {root / 'test'}; none is left to train on")
     listing = list_of_images(zip((file.path.relative_to(root) for file in kept), keys, strict=True))
     test, unlabelled = part(parts.test), part(train & ~labelled)
-    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing)
+    held_out = bool(class_names) and not given
+    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out)
+
+
+def list_folder(spec: str) -> bytes:
+    """What `Dataset.listing` would be, without decoding; broken images are in it too. Raises UsageError."""
+    root = find_root(spec)
+    files, _, _ = list_files(root)
+    return list_of_images((file.path.relative_to(root), content_key(file.path)) for file in files)
 
 
 def _default_size(headers: list[Header]) -> tuple[int, int]:

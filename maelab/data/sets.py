@@ -93,6 +93,7 @@ class Dataset:
         skipped: images that could not be decoded, each "PATH (reason)".
         unlabelled: training images without a class, beside those with one; only pretraining takes them.
         listing: the files of a folder, 16 bytes each, for `maelab.data.compare_images`; empty for a built-in set.
+        held_out: whether the test part was held out of the training images, because the folder has no test/.
     """
 
     name: str
@@ -103,3 +104,4 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     unlabelled: ImageSet | None = None
     listing: bytes = b""
+    held_out: bool = False

@@ -109,6 +109,12 @@ def compare_images(before: bytes, now: bytes) -> str | None:
     return ", ".join([f"{count} {'image was' if count == '1' else 'images were'} {what}", *said[1:]])
 
 
+def shared_images(before: bytes, now: bytes) -> int:
+    """How many images of the second list hold what one of the first holds, wherever they lie."""
+    known = set(_entries(before).values())
+    return sum(key in known for key in _entries(now).values())
+
+
 def _entries(listing: bytes) -> dict[bytes, bytes]:
     if len(listing) % _ENTRY:
         raise ValueError(f"a list of images has {_ENTRY} bytes for each, and this one {len(listing)} in all")

@@ -14,7 +14,7 @@ from maelab.config import DataConfig, FinetuneConfig, LoopConfig, PretrainConfig
 from maelab.errors import RunError, UsageError
 from maelab.runs import folder as folders
 from maelab.runs.checkpoints import COMMIT, checkpoints, gone, settle
-from maelab.runs.files import read_json, write_json
+from maelab.runs.files import read_json, write_atomically, write_json
 
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
 _SHARED = {field.name for kind in (DataConfig, LoopConfig) for field in dataclasses.fields(kind)}
@@ -92,6 +92,12 @@ def environment_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / "env.json")
 
 
+def listing_of(folder: Path) -> bytes:
+    """The list of the images that a run was given, as `maelab.data.compare_images` takes it; empty if it has none."""
+    file = folder / folders.IMAGES
+    return file.read_bytes() if file.is_file() else b""
+
+
 def is_run(config: Mapping[str, Any]) -> bool:
     """Whether this is the config of a run, whole enough that nobody else's file is taken for one."""
     return config.get("task") in CONFIGS and "recipe" in config and config.keys() >= _SHARED
@@ -132,6 +138,7 @@ def open_run(
     config: object,
     options: RunOptions,
     environment: Mapping[str, Any],
+    listing: bytes = b"",
 ) -> Iterator[Run]:
     """Open the run folder for this run alone: use, go on, begin, replace or refuse.
 
@@ -148,6 +155,7 @@ def open_run(
         task, recipe, config: what to do.
         options: where to keep it.
         environment: for env.json; of its entries those in `INPUTS` are compared.
+        listing: of the images of a folder (`maelab.data.Dataset.listing`), to say later what has changed.
 
     Raises:
         UsageError: if the folder holds another run, is in use, or is no run folder at all.
@@ -159,6 +167,8 @@ def open_run(
         if ranks.is_global_zero:
             try:
                 run = _claim_free(stack, wanted, environment, options)
+                if listing and not run.result:
+                    write_atomically(run.folder / folders.IMAGES, listing)
             except (UsageError, RunError) as problem:
                 error = problem
             except OSError as problem:

@@ -17,6 +17,7 @@ from maelab.runs.checkpoints import COMMIT, NAMES
 from maelab.runs.files import final_name
 
 LOCK = ".maelab.lock"
+IMAGES = "images.list"
 FIGURES = ("curves", "reconstructions", "predictions", "confusion")
 EVENTS = ".maelab"  # ends the names of TensorBoard's files
 
@@ -24,7 +25,7 @@ EVENTS = ".maelab"  # ends the names of TensorBoard's files
 # that what a killed process left is still known as a run. `wandb/` is a folder of that package's own and stays: its
 # curves may not have been sent yet.
 RUN = (
-    "result.json", "metrics.jsonl", "env.json", "tracker.json", f"events.out.tfevents.*{EVENTS}",
+    "result.json", "metrics.jsonl", "env.json", IMAGES, "tracker.json", f"events.out.tfevents.*{EVENTS}",
     *(f"figures/{name}.png" for name in FIGURES),
     *(f"checkpoints/{place}{name}" for place in ("", "previous/") for name in (COMMIT, *NAMES)),
     LOCK, "config.json",

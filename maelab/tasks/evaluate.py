@@ -9,7 +9,7 @@ from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
-from maelab.runs import config_of, locate
+from maelab.runs import locate
 from maelab.training.checkpoint import choose_part, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
 
@@ -39,7 +39,6 @@ def evaluate(
         UsageError, RunError: if the run cannot be read or the data does not fit it.
     """
     options = options or RunOptions()
-    run_config = config_of(locate(run))
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; its figures are in its result.json")
@@ -49,7 +48,7 @@ def evaluate(
     dataset = load_matching_data(spec, data, options.data_dir)
     engine = start_engine(options)
     prepare(model.to(engine.device), engine, options)
-    part = choose_part(dataset, split, run_config).to(engine.device)
+    part = choose_part(dataset, split, locate(run), spec.data).to(engine.device)
     result: dict[str, Any] = {"run": str(run), "data": dataset.name, "split": split, "images": len(part)}
     with engine.autocast():
         if isinstance(model, MaskedAutoencoderViT):

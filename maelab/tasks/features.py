@@ -17,7 +17,7 @@ from maelab.errors import RunError, UsageError
 from maelab.inference import extract_features
 from maelab.model import VisionTransformer
 from maelab.names import encodable, visible
-from maelab.runs import config_of, locate, write_atomically
+from maelab.runs import locate, write_atomically
 from maelab.training.checkpoint import choose_part, load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import say
@@ -89,15 +89,16 @@ def features(
         columns |= {"features": np.concatenate(parts), "path": np.array(read)}
     else:
         dataset = load_matching_data(spec, data, options.data_dir)
-        # The same cut, made on the places of the images instead of the images, says which they are.
-        places = {"train": ImageSet(torch.arange(len(dataset.train)), dataset.train.labels)}
-        if dataset.test is not None:
-            places["test"] = ImageSet(torch.arange(len(dataset.test)), dataset.test.labels)
-        numbered = replace(dataset, train=places["train"], test=places.get("test"))
-        part = choose_part(numbered, split, config_of(locate(run)))
-        source = dataset.test if split == "test" else dataset.train
-        assert source is not None
-        columns |= {"features": extracted(source.images[part.images]), "index": part.images.numpy()}
+        # The same cut, made on the places of the images instead of the images, says which they are: those for training,
+        # then those for testing.
+        sets = [part for part in (dataset.train, dataset.test) if part is not None]
+        places = torch.arange(sum(map(len, sets))).split([len(part) for part in sets])
+        numbered = [ImageSet(place, part.labels, part.keys) for place, part in zip(places, sets, strict=True)]
+        test = numbered[1] if len(sets) > 1 else None
+        part = choose_part(replace(dataset, train=numbered[0], test=test), split, locate(run), spec.data)
+        rows = [part.images[torch.isin(part.images, place)] - place[0] for place in places]
+        found = [extracted(one.images[row]) for one, row in zip(sets, rows, strict=True) if len(row)]
+        columns |= {"features": np.concatenate(found), "index": torch.cat(rows).numpy()}
         if part.labels is not None:
             columns |= {
                 "label": part.labels.numpy(),

@@ -118,7 +118,7 @@ def finetune(
         adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
     hardware = prepare(model, engine, options)
     begun_from = environment(hardware, data.checksums, source)
-    with open_task(engine, "finetune", recipe, config, options, begun_from) as (run, tracker):
+    with open_task(engine, "finetune", recipe, config, options, begun_from, data.listing) as (run, tracker):
         folder = run.folder
         if run.result:
             return folder, run.result

@@ -112,7 +112,7 @@ def pretrain(
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
     hidden = hidden_count("random", model.grid_size, config.mask_ratio)
     begun_from = environment(hardware, data.checksums)
-    with open_task(engine, "pretrain", recipe, config, options, begun_from) as (run, tracker):
+    with open_task(engine, "pretrain", recipe, config, options, begun_from, data.listing) as (run, tracker):
         folder = run.folder
         if run.result:
             return folder, run.result

@@ -52,7 +52,7 @@ def probe(
         raise UsageError(f"{data.name} has no labels to probe with")
     hardware = prepare(model, engine, options)
     begun_from = environment(hardware, data.checksums, model)
-    with open_task(engine, "probe", recipe, config, options, begun_from) as (run, tracker):
+    with open_task(engine, "probe", recipe, config, options, begun_from, data.listing) as (run, tracker):
         folder = run.folder
         if run.result:
             return folder, run.result

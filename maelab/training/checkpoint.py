@@ -14,11 +14,22 @@ import torch
 from torch import nn
 
 from maelab.config import DataConfig, RunOptions
-from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data import Dataset, ImageSet, compare_images, load, training_sets
+from maelab.data.datasets import whole
 from maelab.data.images import read_all
+from maelab.data.splits import shared_images
 from maelab.errors import RunError, UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
-from maelab.runs import as_json, find_checkpoint, read_checkpoint, write_atomically
+from maelab.names import visible
+from maelab.runs import (
+    as_json,
+    config_of,
+    environment_of,
+    find_checkpoint,
+    listing_of,
+    read_checkpoint,
+    write_atomically,
+)
 from maelab.runs.checkpoints import CONFIG, MODEL
 from maelab.weights import Foreign, read_foreign
 
@@ -157,20 +168,46 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
     return data
 
 
-def choose_part(data: Dataset, split: Literal["train", "val", "test"], run_config: dict[str, Any]) -> ImageSet:
-    """The test images, or all training or validation images as the run itself told them apart.
+def choose_part(data: Dataset, split: Literal["train", "val", "test"], run: Path, trained_on: str) -> ImageSet:
+    """The images of a part: those for testing, or all for training or validation as the run itself told them apart.
+
+    Of another folder than the model was trained on, without a test/, all images are for testing: it saw none of them.
+    Where the run's own images have changed since, stderr says what.
+
+    Args:
+        data: the data set.
+        split: which part.
+        run: the run folder, or a checkpoint, which does not know what it saw.
+        trained_on: the name of the data set that the model was trained on.
 
     Raises:
-        UsageError: if there are none, or it is no run folder that would know.
+        UsageError: if there are none, or the run does not know them.
     """
+    config, before = config_of(run), listing_of(run)
+    own = _same(data.name, trained_on) or (bool(before) and shared_images(before, data.listing) > 0)
+    if own and before and (said := compare_images(before, data.listing)):
+        print(visible(f"{data.name} has changed since {run} was trained: {said}"), file=sys.stderr)
+    if own and data.listing and "data_md5" in (env := environment_of(run)) and "files" not in env["data_md5"]:
+        raise UsageError(
+            f"{run} was trained when images were held out by their places in the folder, which no longer holds; name"
+            " images that it never saw with --data, or train anew"
+        )
     if split == "test":
+        if not own and data.listing and (data.held_out or data.test is None):
+            return whole(data)
         if data.test is None:
             raise UsageError(f"{data.name} has no test images; use --split val")
         return data.test
-    if "val_fraction" not in run_config:
+    if "val_fraction" not in config:
         raise UsageError(f"--split {split} needs a run folder: its config.json says which images were held out")
-    cut = {k: run_config[k] for k in ("val_fraction", "split_seed") if k in run_config}
+    cut = {k: config[k] for k in ("val_fraction", "split_seed") if k in config}
     return training_sets(data, DataConfig(data=data.name, **cut))[split == "val"]
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names mean one data set: a folder has many."""
+    folders = [Path(one.removeprefix("folder:")).expanduser().resolve() for one in (name, other)]
+    return name == other or (name.startswith("folder:") and other.startswith("folder:") and folders[0] == folders[1])
 
 
 def images_to_show(

@@ -67,13 +67,14 @@ def open_task(
     config: object,
     options: RunOptions,
     environment: dict[str, Any],
+    listing: bytes = b"",
 ) -> Iterator[tuple[Run, Tracker | None]]:
     """Open the run folder of a training, and its tracker; see `maelab.runs.open_run`.
 
     Yields:
         The folder, and what else gets the metrics: nothing where the run was complete before.
     """
-    with open_run(engine, task, recipe, config, options, environment) as run:
+    with open_run(engine, task, recipe, config, options, environment, listing) as run:
         for note in run.notes:
             say(note)
         if run.result:
