@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from maelab import recipes
+from maelab import figures, recipes
 from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, training_sets
 from maelab.data.folder import Found, scan
 from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, classification_scores, masked_mse
+from maelab.names import shell_word
 from maelab.report import report
 from maelab.runs import folder as folders
 from maelab.runs import open_collection, replace_collection, write_json
@@ -285,9 +286,12 @@ def _judge(
     found: Found, plan: dict[str, Any], out: Path, results: dict[str, Any], options: RunOptions
 ) -> dict[str, Any]:
     """Draw the picture, build the page, and say what came out."""
-    picture = out / "reconstruction.png"
+    picture, page = out / "reconstruction.png", out / "report.html"
     if not picture.exists():
-        reconstruct(out / "pretrain", out=picture, options=options)
+        with figures.optional(f"the picture {picture} could not be drawn"):
+            reconstruct(out / "pretrain", out=picture, options=options)
+    with figures.optional(f"the page {page} could not be built"):
+        report([out / stage for stage in sorted(results)], out=page)
     error, trivial = results["pretrain"]["val"]["masked_mse"], results["pretrain"]["mean_predictor_loss"]
     result: dict[str, Any] = {
         "fit": str(out),
@@ -295,7 +299,7 @@ def _judge(
         "plan": plan,
         "pretrain": {"run": str(out / "pretrain"), "masked_mse": error, "mean_predictor_mse": trivial},
         "reconstruction": str(picture),
-        "report": report([out / stage for stage in sorted(results)], out=out / "report.html")["report"],
+        "report": str(page),
         "model": None,
     }
     rebuilt = (
@@ -303,13 +307,14 @@ def _judge(
         f" image has {trivial:.3f}."
     )
     if "finetune" not in plan:
+        encoder = shell_word(str(out / "pretrain"))
         why = "has only one class" if found.classes else "has no classes"
         return result | {
             "verdict": f"{rebuilt} The folder {why}, so there is no classifier yet.",
             "next": (
                 "sort some images of each class into a sub-folder of its own, leave the others in a sub-folder"
-                f" unlabelled/, and run maelab fit again; or maelab finetune folder --init {out / 'pretrain'} --data"
-                " folder:LABELLED"
+                f" unlabelled/, and run maelab fit again; or maelab finetune folder --init {encoder}"
+                " --data folder:LABELLED"
             ),
         }
     tuned, scratch = results["finetune"], results["scratch"]
@@ -333,7 +338,7 @@ def _judge(
         "confused": pairs,
         "chosen": stage,
         "model": str(out / stage),
-        "next": f"maelab predict {out / stage} IMAGE...",
+        "next": f"maelab predict {shell_word(str(out / stage))} IMAGE...",
     }
     return result | {"verdict": f"{_verdict(result, found, plan)} {rebuilt}"}
 
@@ -372,7 +377,7 @@ def _verdict(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
         noise = f"That is more than chance in the choice of {n} test images explains ({chance}), for one seed."
     else:
         noise = f"That is within the noise of so few test images: {chance}."
-    where = "held out of your images by a seed, as there is no test/" if found.held_out else "those in test/"
+    where = "held out of your images by their content, as there is no test/" if found.held_out else "those in test/"
     chosen = "the pretrained model" if result["chosen"] == "finetune" else "the model trained from scratch"
     said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
     said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch) {chosen} was chosen."

@@ -110,10 +110,10 @@ class Process:
             status, self.out.read_text(errors="surrogateescape") if self.out.exists() else "", self.err.read_text()
         )
 
-    def wait_for(self, file: Path, lines: int = 1) -> None:
-        """Until a file has so many lines."""
-        end = time.monotonic() + 30
-        while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+    def wait_for(self, file: Path, lines: int = 1, text: str = "") -> None:
+        """Until a file has so many lines, and this text."""
+        end = time.monotonic() + 300
+        while not (file.exists() and (held := file.read_bytes()).count(b"\n") >= lines and text.encode() in held):
             assert time.monotonic() < end, f"{file} did not grow: {self.err.read_text()[-300:]}"
             time.sleep(0.001)
 

@@ -291,7 +291,7 @@ def start(server: Server, cache: Path, limit: int = 0) -> subprocess.Popen[str]:
 def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
     server.slow = True
     both = [start(server, cache), start(server, cache)]
-    results = [process.communicate(timeout=60) for process in both]
+    results = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     assert [int(out) for out, _ in results] == [sum(map(len, MNIST.values()))] * 2
     assert sorted(server.requests) == sorted(f"/mnist/{name}.gz" for name in MNIST)
@@ -313,7 +313,7 @@ def test_killed_process_leaves_nothing_that_harms(server: Server, cache: Path, m
 
 def test_full_disk_is_one_line(server: Server, cache: Path) -> None:
     process = start(server, cache, limit=50_000)  # writes beyond 50 kB fail
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("cannot keep mnist in") and "MAELAB_DATA" in err

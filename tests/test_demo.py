@@ -273,7 +273,7 @@ def opened(maelab: Maelab, runs, tmp_path_factory) -> Iterator[Open]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(150_000)
         own = (url, "data:", "blob:")
         elsewhere: list[str] = []
         problems: list[str] = []

@@ -47,7 +47,7 @@ class Page:
 
     def ask(self, method: str, path: str, body: bytes | None = None, *headers: tuple[str, str]) -> Answer:
         """One request with these headers only, but for Host (if none is given) and the body's length."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         own = any(name.lower() == "host" for name, _ in headers)
         connection.putrequest(method, path, skip_host=own, skip_accept_encoding=True)
         for name, value in (*headers, *([("Content-Length", str(len(body)))] if body is not None else [])):
@@ -88,7 +88,7 @@ class Page:
 
     def raw(self, request: bytes) -> bytes:
         """What comes back for these bytes, to the end; nothing if the server hangs up first."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=600) as connection:
             try:
                 connection.sendall(request)
                 connection.shutdown(socket.SHUT_WR)

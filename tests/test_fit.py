@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert result["model"] == f"runs/fit-photos/{best}"
     assert f"on test (n = {n})" in result["verdict"] and "within the noise" in result["verdict"]
     assert result["verdict"].startswith("Pretraining made no clear difference on test")
-    assert "held out of your images by a seed" in result["verdict"]
+    assert "held out of your images by their content" in result["verdict"]
     page = (out / "report.html").read_text()
     assert "3 finished runs (1 pretraining, 2 fine-tuning)" in page
     with Image.open(work / result["reconstruction"]) as picture:
@@ -118,6 +119,44 @@ def test_a_fit_goes_on_where_it_was(fitted, photos, maelab: Maelab):
     other = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=work)
     assert other.status == 2 and "with other images; use --overwrite" in other.err
     (photos / "unlabelled" / "new.png").unlink()
+
+
+def test_a_fit_that_is_stopped_while_it_times_its_steps_promises_nothing(photos, maelab: Maelab, tmp_path):
+    """What it saved by then lay in a temporary folder that is gone."""
+    line = ("fit", photos, "--minutes", 1, *ONE, "--out", "out")
+    for there in (False, True):
+        if there:
+            (tmp_path / "out").mkdir()
+        process = maelab.start(*line, cwd=tmp_path)
+        process.wait_for(process.err, text="timing a few steps")
+        process.signal(signal.SIGINT)
+        ended = process.wait()
+        last = ended.err.splitlines()[-1]
+        assert ended.status == 130 and last.startswith("maelab: interrupted; the same command starts again"), ended
+        assert (tmp_path / "out").exists() == there and not list(tmp_path.glob("out/*"))
+
+
+def test_a_picture_that_fails_costs_no_verdict(fitted, photos, maelab: Maelab, tmp_path):
+    work = Path(shutil.copytree(fitted[0], tmp_path / "work"))
+    out = work / "runs" / "fit-photos"
+    for name in ("reconstruction.png", "report.html", "fit.json"):
+        (out / name).unlink()
+    (out / "report.html").mkdir()
+    ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, "--json", cwd=work, largest_file=20_000)
+    assert ended.status == 0 and "reconstruction.png could not be drawn: " in ended.err, ended
+    assert "report.html could not be built: " in ended.err and (out / "fit.json").exists()
+
+
+def test_a_plan_that_is_none_is_named(fitted, photos, maelab: Maelab, tmp_path):
+    work = Path(shutil.copytree(fitted[0], tmp_path / "work"))
+    file = work / "runs" / "fit-photos" / "plan.json"
+    plan = json.loads(file.read_text())
+    bad = [{"pretrain": []}, {"pretrain": plan["pretrain"] | {"img_size": 7}}, {"pretrain": {"epochs": "x"}}]
+    bad += [{"measured": 3}, {"finetune": None}, {"measured": {}}, {"finetune": plan["finetune"] | {"extra": 1}}]
+    for changes in bad:
+        file.write_text(json.dumps(plan | changes))
+        ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=work)
+        assert ended.status == 1 and "plan.json is damaged (" in ended.error() and "--overwrite" in ended.error()
 
 
 def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Maelab, tmp_path):

@@ -113,7 +113,7 @@ def in_processes(task: str, folder: Path, out: Path, *flags: str) -> None:
     command += ["--limit", "96", "--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--devices", "2"]
     command += ["--threads", "1", "--out", str(out), *flags]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 processes") == 1, done.stderr  # the second one is silent

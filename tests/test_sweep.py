@@ -1,6 +1,9 @@
 """A sweep, as a user runs it: every cell judged, a failing one survived, nothing done twice."""
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +78,65 @@ def test_a_value_that_is_a_path_does_not_lead_out_of_the_folder(maelab, digits_f
     assert ended.status == 0, ended
     assert [path.name for path in work.iterdir()] == ["out"]
     assert (work / "out" / "data=folder:..%2F..%2F..%2F..%2Fdigits" / "finetune" / "result.json").is_file()
+
+
+# --- nothing stale --------------------------------------------------------------------------------------------------
+
+
+def cells(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "runs/sweep-smoke/sweep.json").read_text())["cells"]
+
+
+def configs(folder: Path, cell: str) -> dict[str, dict[str, Any]]:
+    place = folder / "runs" / "sweep-smoke" / cell
+    return {task: json.loads((place / task / "config.json").read_text()) for task in ("pretrain", "probe", "finetune")}
+
+
+def test_a_cell_is_used_again_only_if_all_that_shapes_it_is_the_same(maelab, digits_folder, tmp_path):
+    grid = ("--grid", "mask_ratio=0.5,0.75")
+    line = ("sweep", "smoke", "--data", f"folder:{digits_folder}", *grid, *SMALL, "--threads", "1")
+    assert maelab.run(*line, cwd=tmp_path).status == 0
+    first = cells(tmp_path)
+    refused = maelab.run(*line, "--epochs", 2, "--seed", 1, cwd=tmp_path)
+    assert refused.status == 1 and "epochs 1 instead of 2, seed 0 instead of 1; use --overwrite" in refused.err
+    assert all("error" in row for row in cells(tmp_path))
+    other = maelab.run(*line, "--epochs", 2, "--seed", 1, "--overwrite", cwd=tmp_path)
+    assert other.status == 0 and all(
+        a["masked_mse"] != b["masked_mse"] for a, b in zip(first, cells(tmp_path), strict=True)
+    )
+    assert {config["seed"] for config in configs(tmp_path, "mask_ratio=0.5").values()} == {1}
+    results = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("result.json")}
+    again = maelab.run(*line, "--epochs", 2, "--seed", 1, "--overwrite", cwd=tmp_path)
+    assert again.status == 0 and {file: file.stat().st_mtime_ns for file in results} == results, "the same ones"
+    # Other weights under the name that the fine-tuning begins from: the fine-tuning is another one too.
+    assert maelab.run(*line, "--epochs", 1, "--overwrite", cwd=tmp_path).status == 0
+    assert cells(tmp_path) == first
+
+
+def test_what_judges_a_cell_sees_what_its_autoencoder_saw(maelab, digits_folder, tmp_path):
+    """Values that differ from every default, so that none can be lost on the way."""
+    told = {"seed": 3, "split_seed": 5, "val_fraction": 0.3, "limit": 60, "precision": "fp32"}
+    flags = [word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", value)]
+    line = ("sweep", "smoke", "--data", f"folder:{digits_folder}", "--grid", "mask_ratio=0.5", *flags)
+    line += ("--img-size", 14, 14, "--epochs", 1, "--finetune-epochs", 2, "--batch-size", 20, "--threads", 1)
+    assert (ended := maelab.run(*line, cwd=tmp_path)).status == 0, ended
+    found = configs(tmp_path, "mask_ratio=0.5")
+    for task, config in found.items():
+        assert {name: config[name] for name in told} == told, task
+        assert config["data"] == f"folder:{digits_folder}" and config.get("img_size", [14, 14]) == [14, 14]
+    place = "runs/sweep-smoke/mask_ratio=0.5/pretrain"
+    assert found["probe"]["init"] == found["finetune"]["init"] == place and found["finetune"]["epochs"] == 2
+
+
+def test_any_error_ends_a_cell_and_not_the_sweep(maelab, digits_folder, tmp_path):
+    """An error that is none of maelab's own: a file lies where a cell's folder belongs."""
+    (tmp_path / "digits").symlink_to(digits_folder)
+    line = ("sweep", "smoke", "--data", "folder:digits", "--grid", "mask_ratio=0.5,0.75", *SMALL, "--threads", 1)
+    ended = maelab.run(*line, "--out", "out", cwd=tmp_path, die=("mask_ratio=0.5/pretrain/config.json", 1, "after"))
+    assert ended.status < 0
+    shutil.rmtree(tmp_path / "out" / "mask_ratio=0.5")
+    (tmp_path / "out" / "mask_ratio=0.5").write_text("in the way")
+    ended = maelab.run(*line, "--out", "out", cwd=tmp_path)
+    bad, good = json.loads((tmp_path / "out" / "sweep.json").read_text())["cells"]
+    assert ended.status == 1 and "error" in bad and good["finetune_accuracy"] >= 0
+    assert (tmp_path / "out" / "mask_ratio=0.5").read_text() == "in the way"

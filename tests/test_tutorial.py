@@ -49,7 +49,7 @@ def _open_and_end(words: list[str], maelab: Maelab, folder: Path) -> None:
     """The page answers; Ctrl-C ends the server."""
     server = maelab.start(*words, "--port", 0, "--threads", 1, cwd=folder)
     server.wait_for(server.out)
-    with urllib.request.urlopen(server.out.read_text().split()[0], timeout=20) as answer:
+    with urllib.request.urlopen(server.out.read_text().split()[0], timeout=200) as answer:
         assert answer.status == 200 and b"maelab" in answer.read()
     server.signal(signal.SIGINT)
     assert server.wait().status == 0
