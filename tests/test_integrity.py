@@ -85,16 +85,17 @@ def test_a_damaged_best_is_taken_from_its_copy(maelab, line, whole, killed, tmp_
     assert ended.status == 0 and result(run) == result(whole), ended
 
 
-def test_where_both_are_damaged_nothing_is_guessed(maelab, line, killed, tmp_path):
+def test_where_both_are_damaged_nothing_is_guessed(maelab, line, whole, killed, tmp_path):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     for name in ("last", "previous/last"):
         flip(run / "checkpoints" / name / "training.pt")
     ended = maelab.run(*line, "--out", "run", cwd=tmp_path)
     assert ended.status == 1 and ended.error() == (
         "run/checkpoints/last/training.pt is damaged: it is not what was saved (another SHA-256);"
-        " and there is no checkpoint before it that is whole"
+        " and there is no checkpoint before it that is whole; --overwrite starts anew"
     )
-    assert maelab.run(*line, "--out", "run", "--seed", 1, "--overwrite", cwd=tmp_path).status == 0
+    assert maelab.run(*line, "--out", "run", "--overwrite", cwd=tmp_path).status == 0
+    assert result(run) == result(whole)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -170,7 +171,7 @@ def test_training_state_with_other_content_is_one_line(maelab, line, killed, tmp
         commit(run, {"last/training.pt": lambda place, content=content: torch.save(content, place)}, {"step": 6})
         ended = maelab.run(*line, "--out", "run", cwd=tmp_path)
         assert ended.status == 1 and ended.error().startswith("run/checkpoints/last/training.pt is damaged ("), ended
-        assert ended.error().endswith("; --overwrite starts anew")
+        assert ended.error().endswith("; remove run to start anew")
 
 
 # --- commits --------------------------------------------------------------------------------------------------------

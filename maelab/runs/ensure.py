@@ -258,7 +258,14 @@ def _claimed(folder: Path, wanted: dict[str, Any], environment: Mapping[str, Any
                 return
             begun = True
             folders.remove_leftovers(folder, folders.RUN)
-            notes = settle(folder)
+            try:
+                notes = settle(folder)
+            except RunError as error:
+                if not overwrite:
+                    raise RunError(f"{error}; --overwrite starts anew") from error
+                folders.refuse_foreign(folder, folders.RUN)
+                folders.remove(folder, folders.RUN)
+                notes = []
             write_json(folder / "config.json", wanted)
             write_json(folder / "env.json", environment)
             yield Run(folder, {}, tuple(notes))

@@ -252,4 +252,4 @@ def read_training(file: Path) -> dict[str, Any]:
 def damaged(file: Path, error: Exception) -> RunError:
     """The error for a training state that cannot be read, or does not fit its run."""
     why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return RunError(f"{file} is damaged ({why}); --overwrite starts anew")
+    return RunError(f"{file} is damaged ({why}); remove {file.parents[2]} to start anew")
