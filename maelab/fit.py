@@ -176,9 +176,9 @@ def _measure(
 
     def epoch(steps: int) -> float:
         if isinstance(config, PretrainConfig):
-            spec, metric, methods = pretraining.model_spec(config, data), "loss", ("training_loss",)
+            spec, metric = pretraining.model_spec(config, data), "loss"
         else:
-            spec, metric, methods = finetuning.model_spec(config, data), "accuracy", ()
+            spec, metric = finetuning.model_spec(config, data), "accuracy"
         torch.manual_seed(config.seed)
         model: Any = spec.build()
         prepare(model, engine, options)
@@ -199,7 +199,7 @@ def _measure(
             times.append(time.perf_counter())
             return validate(model, number)
 
-        task = Task(model, spec, steps * config.batch_size, step_loss, timed, metric, metric != "loss", methods=methods)
+        task = Task(model, spec, steps * config.batch_size, step_loss, timed, metric, metric != "loss")
         with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
             train(engine, Path(place), task, replace(config, epochs=3))
         return times[2] - times[1]  # the first epoch also builds and allocates

@@ -18,7 +18,7 @@ from maelab.cli import COMMANDS
 from maelab.config import DataConfig
 from maelab.data import load, training_sets
 
-HEAVY = ("torch", "numpy", "matplotlib", "PIL", "lightning_fabric", "tensorboard", "safetensors")
+HEAVY = ("torch", "numpy", "matplotlib", "PIL", "tensorboard", "safetensors")
 CPU = ("--threads", 1, "--kernels", "torch")
 SMALL = ("--limit", 96, "--batch-size", 32, *CPU)
 

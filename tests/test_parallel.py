@@ -46,7 +46,7 @@ def test_a_training_step_and_validation_run_in_the_chosen_precision(precision, t
         return {"loss": 1.0}
 
     spec = ModelSpec("Linear", {"in_features": 8, "out_features": 2}, "none")
-    task = Task(Linear(8, 2), spec, 8, step_loss, validate, "loss", False, methods=("called_by_name",))
+    task = Task(Linear(8, 2), spec, 8, step_loss, validate, "loss", False)
     train(start_engine(CPU, precision), tmp_path, task, LoopConfig(epochs=1, batch_size=4, warmup_epochs=0))
     assert seen == {"step": {precision == "bf16"}, "validation": {precision == "bf16"}}
 

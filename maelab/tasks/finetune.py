@@ -18,8 +18,10 @@ from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
+from maelab.training.trackers import log_outcome
 from maelab.weights import load_encoder
 
 PICTURED = 24
@@ -83,6 +85,7 @@ def make_step_loss(config: FinetuneConfig, train_set: ImageSet, num_classes: int
     return step_loss
 
 
+@in_processes
 def finetune(
     config: FinetuneConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:

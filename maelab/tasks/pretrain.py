@@ -25,8 +25,10 @@ from maelab.model.masks import hidden_count, make_mask
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import StepLoss, Task, train
-from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
+from maelab.training.trackers import log_outcome
 
 # k-NN during training compares so many validation images with so many training images at most: 3% of the time of an
 # epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
@@ -80,6 +82,7 @@ def make_step_loss(config: PretrainConfig, train_set: ImageSet, num_patches: int
     return step_loss
 
 
+@in_processes
 def pretrain(
     config: PretrainConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:
@@ -148,7 +151,6 @@ def pretrain(
                 validate=validate,
                 metric="loss",
                 higher_is_better=False,
-                methods=("training_loss",),
                 note=f" (mean predictor {trivial:.4f})",
             ),
             config,

@@ -17,10 +17,13 @@ from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 from maelab.training.loop import Task, train
-from maelab.training.parallel import log_outcome, prepare, start_engine
+from maelab.training.parallel import prepare, start_engine
+from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
+from maelab.training.trackers import log_outcome
 
 
+@in_processes
 def probe(
     config: ProbeConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:

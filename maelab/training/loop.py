@@ -10,10 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +25,9 @@ from maelab.runs import commit
 from maelab.runs.checkpoints import TRAINING, checkpoints
 from maelab.training.checkpoint import ModelSpec, damaged, load_model, portable, read_training
 from maelab.training.optim import build_optimizers, schedule, set_learning_rate
-from maelab.training.parallel import Engine, Tracker
+from maelab.training.parallel import Engine
 from maelab.training.runlog import RunLog, in_words
+from maelab.training.trackers import Tracker
 
 StepLoss = Callable[[Any, int, int, int], dict[str, torch.Tensor]]  # see Task
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
@@ -47,13 +48,14 @@ class Task:
         spec: its description, for the portable checkpoint.
         items: how many training items make an epoch.
         step_loss: (model, step, part, parts) -> {"loss": mean, ...} over the given part of the step's batch; further
-            entries are averaged over the epoch and logged.
-        validate: (model, epoch from 1) -> {"loss": ..., further metrics} on validation, without gradients.
+            entries are averaged over the epoch and logged. It may call any method of the model, and nothing else of it:
+            among several processes a stand-in is passed, see `Engine.joined`.
+        validate: (model, epoch from 1) -> {"loss": ..., further metrics} on validation, without gradients. Only the
+            first process is asked.
         metric: the entry of `validate` that chooses the best epoch.
         higher_is_better: direction of that metric.
         patience: epochs without a better one before stopping; 0 never stops.
         layer_decay: see `build_optimizers`.
-        methods: methods of the model, beside forward, that step_loss calls.
         note: put behind each epoch's line, e.g. what the loss would be for a trivial prediction.
     """
 
@@ -66,7 +68,6 @@ class Task:
     higher_is_better: bool
     patience: int = 0
     layer_decay: float = 1.0
-    methods: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -122,8 +123,10 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     warmup_steps = min(round(config.warmup_epochs * per_epoch), total_steps // 2)
     resumed_from = checkpoints(folder) / "last" / TRAINING
 
+    wide = torch.float32 if engine.device.type == "mps" else torch.float64  # of sums; MPS has no more
+    task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
     optimizers = build_optimizers(task.model, config, task.layer_decay)
-    average = copy.deepcopy(task.model).requires_grad_(False).to(engine.device) if config.ema_decay else None
+    average = copy.deepcopy(task.model).requires_grad_(False) if config.ema_decay else None
     judged = task.model if average is None else average
     position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
     position |= {"best_epoch": 0, "best": {}, "train": {}}
@@ -131,6 +134,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     if saved is not None:
         try:
             position |= saved["position"]
+            position["sums"] = {k: v.to(wide).to(engine.device) for k, v in position["sums"].items()}
             task.model.load_state_dict(saved["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -138,15 +142,13 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                 average.load_state_dict(saved["average"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(resumed_from, error) from error
-    model, *optimizers = engine.setup(task.model, *optimizers)
-    for method in task.methods:
-        model.mark_forward_method(method)
+    model = engine.joined(task.model)
 
     def save(better: bool = False) -> None:
         """Commit the last state, and with it the best weights if these are the best."""
         position["rows"] = log.rows
         if engine.world_size > 1:  # the file keeps one process's sums, so let them be everyone's
-            position["sums"] = {k: torch.tensor(_mean(engine, v)).double() for k, v in position["sums"].items()}
+            position["sums"] = {name: engine.mean(value) for name, value in position["sums"].items()}
         if engine.is_global_zero:
             weights = portable(task.spec, judged.state_dict())
             state = {"position": position, "model": task.model.state_dict()}
@@ -178,19 +180,28 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
             while position["step"] < total_steps and not _stale(position, per_epoch, task.patience):
                 step = position["step"]
                 set_learning_rate(optimizers, schedule(step, total_steps, warmup_steps))
-                model.train()
+                task.model.train()
+                loss = torch.zeros((), device=engine.device)
                 for part in range(config.accumulate):
                     part_of_all = engine.global_rank * config.accumulate + part
                     torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for dropped paths and patches
-                    with engine.no_backward_sync(model, enabled=part + 1 < config.accumulate):
+                    with engine.apart(model) if part + 1 < config.accumulate else nullcontext():
                         with engine.autocast():
                             values = task.step_loss(model, step, part_of_all, parts)
-                        engine.backward(values["loss"] / config.accumulate)
-                    if engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
-                        check(values["loss"].item(), step)
+                        (values["loss"] / config.accumulate).backward()
+                    loss += values["loss"].detach() / config.accumulate
                     for key, value in values.items():
-                        part_of_sum = value.detach().double() / config.accumulate
+                        part_of_sum = value.detach().to(wide) / config.accumulate
                         position["sums"][key] = position["sums"].get(key, 0) + part_of_sum
+                stopping = stop.is_set()
+                if (
+                    engine.world_size > 1
+                ):  # all go on, stop or fail together: one alone would wait for the others forever
+                    told = engine.mean(torch.stack([torch.full_like(loss, stopping), loss])).tolist()
+                    stopping = told[0] > 0
+                    check(told[1], step)
+                elif engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
+                    check(float(loss), step)
                 if config.clip_grad:
                     nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_grad)
                 for optimizer in optimizers:
@@ -203,22 +214,24 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 
                 now = time.perf_counter()
                 position["seconds"] = before + now - begun
-                stopping = _any(engine, stop.is_set())
                 if now - shown > SHOW_SECONDS or stopping:
                     shown = now
-                    loss = float(position["sums"]["loss"]) / (step % per_epoch + 1)
-                    check(loss, step)
+                    mean = float(position["sums"]["loss"]) / (step % per_epoch + 1)
+                    check(mean, step)
                     rate = batch_size * (position["step"] - first_step) / (now - begun)
-                    text = f"epoch {step // per_epoch + 1}/{config.epochs}  loss {loss:.4f}{task.note}"
+                    text = f"epoch {step // per_epoch + 1}/{config.epochs}  loss {mean:.4f}{task.note}"
                     log.step(position["step"], f"{text}  lr {_top_rate(optimizers):.2e}  {rate:.0f} images/s")
                 if position["step"] % per_epoch == 0:
                     epoch = position["step"] // per_epoch
                     sums, position["sums"] = position["sums"], {}
-                    position["train"] = {k: _mean(engine, v) / per_epoch for k, v in sums.items()}
+                    position["train"] = {name: float(engine.mean(value)) / per_epoch for name, value in sums.items()}
                     check(position["train"]["loss"], step)
                     judged.eval()
-                    with torch.no_grad(), engine.autocast():
-                        val = task.validate(judged, epoch)
+                    val: dict[str, float] = {}
+                    if engine.is_global_zero:  # what it finds decides for all, to the last bit
+                        with torch.no_grad(), engine.autocast():
+                            val = task.validate(judged, epoch)
+                    val = engine.broadcast(val)
                     check(val["loss"], step)  # the weights may have gone with the last update
                     better = val[task.metric] > position["best"].get(task.metric, -math.inf)
                     if not task.higher_is_better:
@@ -261,18 +274,6 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 def _stale(position: dict[str, Any], per_epoch: int, patience: int) -> bool:
     """Whether validation has not improved for `patience` whole epochs."""
     return patience > 0 and position["step"] // per_epoch - position["best_epoch"] >= patience
-
-
-def _any(engine: Engine, flag: bool) -> bool:
-    """Whether any process raised the flag; without this, processes would stop at different steps and wait forever."""
-    if engine.world_size == 1:
-        return flag
-    return _mean(engine, torch.tensor(float(flag), device=engine.device)) > 0
-
-
-def _mean(engine: Engine, value: torch.Tensor) -> float:
-    """Mean of a scalar over all processes."""
-    return float(cast(torch.Tensor, engine.all_reduce(value, reduce_op="mean")))
 
 
 @torch.no_grad()

@@ -1,35 +1,119 @@
-"""Devices, processes and precision: the only module that knows the distributed engine (lightning-fabric)."""
+"""Devices, processes and precision: the only module that knows torch's distributed package.
+
+`maelab.training.ranks` starts the processes of a run; here each of them finds the others.
+"""
 
 import contextlib
-import io
-import logging
 import os
-import uuid
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.loggers.logger import Logger
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import nn
 
 from maelab import native
 from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.model.vit import Attention, Block
-from maelab.runs import config_of, find_checkpoint, read_json, write_json
-from maelab.runs.folder import EVENTS
 from maelab.training import blocks
 
-Engine = Fabric
-Tracker = Logger
+MEETING = "MAELAB_MEETING"  # environment variable: where the processes of a run find each other, as a URL
+_PATIENCE = timedelta(days=7)  # who started the processes notices one that has gone, and ends the others
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it repeats what `describe` says
 # The gradient of a patch embedding of one channel has a dimension of size 1, whose stride means nothing.
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a process computes with, and its way to the other processes of the run.
+
+    Args:
+        device: its own.
+        precision: 'fp32' or 'bf16'.
+        global_rank: its number, from 0.
+        world_size: how many processes there are.
+    """
+
+    device: torch.device
+    precision: str
+    global_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.global_rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products inside are computed in the engine's precision."""
+        return (
+            torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        )
+
+    def joined(self, model: nn.Module) -> Any:
+        """What a step calls in the place of a model on the device: itself, or with several processes a stand-in.
+
+        The stand-in's methods are the model's; the gradients of what they return are averaged over the processes.
+        """
+        if self.world_size == 1:
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        device_ids = None if self.device.type == "cpu" else [self.device]
+        return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids))
+
+    def apart(self, joined: Any) -> contextlib.AbstractContextManager[Any]:
+        """Gradients made inside wait for those of the next part, before they are averaged over the processes."""
+        return joined.ddp.no_sync() if isinstance(joined, _Joined) else contextlib.nullcontext()
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of a tensor over all processes, by element; every process gets the same."""
+        if self.world_size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What process `src` gave, anything that can be pickled, in every process."""
+        if self.world_size == 1:
+            return obj
+        box = [obj]
+        torch.distributed.broadcast_object_list(box, src, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            self.mean(torch.zeros(1, device=self.device)).cpu()
+
+
+class _Named(nn.Module):
+    """A model whose methods are called by name through `forward`, the only one that DistributedDataParallel watches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, name: str, *arguments: Any, **named: Any) -> Any:
+        return getattr(self.model, name)(*arguments, **named)
+
+
+class _Joined:
+    """See `Engine.joined`."""
+
+    def __init__(self, ddp: Any) -> None:
+        self.ddp = ddp
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.ddp("__call__", *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self.ddp, name)
 
 
 def choose_precision(wanted: str, device: str) -> str:
@@ -48,17 +132,14 @@ def choose_precision(wanted: str, device: str) -> str:
 
 
 def start_engine(options: RunOptions, precision: str = "auto") -> Engine:
-    """Start the processes and choose device and precision.
+    """Choose device and precision, and meet the other processes of the run if it has any.
 
     Args:
         options: device, devices, num_nodes, threads.
         precision: 'auto', 'fp32' or 'bf16'.
 
-    Returns:
-        The engine, launched: from here on every process runs the same code.
-
     Raises:
-        UsageError: if the device is not there.
+        UsageError: if the device is not there, or there are several processes to meet and nobody started them.
     """
     device = options.device
     if device == "auto":
@@ -67,23 +148,47 @@ def start_engine(options: RunOptions, precision: str = "auto") -> Engine:
         raise UsageError(f"--devices {options.devices}: found {torch.cuda.device_count()} CUDA devices")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine has none; use --device cpu")
+    world_size = options.devices * options.num_nodes
+    if device == "mps" and world_size > 1:
+        raise UsageError("--device mps: it serves one process; leave out --devices, or use --device cpu")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     elif options.devices > 1 and device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.devices))
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    with warnings.catch_warnings():  # advice on precision and cluster environments that is not about this run
-        warnings.simplefilter("ignore")
-        engine = Fabric(
-            accelerator=device,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            strategy="ddp" if options.devices * options.num_nodes > 1 else "auto",
-            precision="bf16-mixed" if choose_precision(precision, device) == "bf16" else "32-true",
+    precision = choose_precision(precision, device)
+    if world_size == 1:
+        return Engine(torch.device(device, 0) if device == "cuda" else torch.device(device), precision)
+    here = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    _meet(here, world_size)
+    return Engine(here, precision, torch.distributed.get_rank(), world_size)
+
+
+def _meet(device: torch.device, world_size: int) -> None:
+    """Join the processes that `maelab.training.ranks` or torchrun started; it has been done if a run went before."""
+    if not torch.distributed.is_initialized():
+        if "RANK" not in os.environ:
+            raise UsageError(f"{world_size} processes were asked for, and nobody started them")
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=os.environ.get(MEETING, "env://"),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=_PATIENCE,
+            device_id=device if device.type == "cuda" else None,
         )
-        engine.launch()
-    return engine
+    if (there := torch.distributed.get_world_size()) != world_size:
+        raise UsageError(f"{there} processes were started; --devices times --num-nodes says {world_size}")
+
+
+def leave() -> None:
+    """Wait until all processes have done their work, and let go of them. Where there are no others, nothing happens."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
@@ -92,7 +197,7 @@ def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
     Returns:
         One line that says what was chosen, e.g. 'cpu, bf16, native kernels on AMX, 2 threads'.
     """
-    device, precision = engine.device.type, "bf16" if "bf16" in engine._precision.precision else "fp32"
+    device, precision = engine.device.type, engine.precision
     compiled = options.compile == "on" or (options.compile == "auto" and device == "cuda")
     for module in model.modules():
         if isinstance(module, Block):
@@ -117,74 +222,3 @@ def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
     if engine.world_size > 1:
         chosen += [f"{engine.world_size} processes"]
     return ", ".join(chosen)
-
-
-def tensorboard(folder: Path, purge_from: int) -> TensorBoardLogger:
-    """Writer of TensorBoard events into `folder`; events of an earlier process from step `purge_from` on are hidden."""
-    return TensorBoardLogger(root_dir=folder, name="", version="", purge_step=purge_from, filename_suffix=EVENTS)
-
-
-@contextlib.contextmanager
-def open_tracker(kind: str, folder: Path, engine: Engine) -> Iterator[Tracker | None]:
-    """Weights & Biases or MLflow, through the engine's own loggers, for the run in `folder`.
-
-    It begins with what config.json holds; a resumed run goes on under the same id, which is kept in tracker.json.
-
-    Args:
-        kind: 'wandb', 'mlflow', or 'tensorboard' for none: its events are always written.
-        folder: the run folder.
-        engine: only its first process gets a tracker.
-
-    Raises:
-        UsageError: if a package is missing.
-    """
-    if kind == "tensorboard" or not engine.is_global_zero:
-        yield None
-        return
-    os.environ |= {"WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    about = read_json(folder / "tracker.json")
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # what they say at their start is not about this run
-            from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
-
-            logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-            if kind == "mlflow":
-                place = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-                tracker: Any = MLFlowLogger("maelab", folder.name, tracking_uri=place, run_id=about.get("mlflow"))
-                about["mlflow"] = tracker.run_id
-            else:
-                about.setdefault("wandb", uuid.uuid4().hex[:8])
-                offline = os.environ.get("WANDB_MODE", "offline") != "online"
-                tracker = WandbLogger(folder.name, folder, about["wandb"], offline, project="maelab", resume="allow")
-            tracker.log_hyperparams(config_of(folder))
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--logger {kind} needs more packages: pip install 'maelab[trackers]'") from error
-    write_json(folder / "tracker.json", about)
-    status = "failed"
-    try:
-        yield tracker
-        status = "success"
-    finally:
-        tracker.finalize(status)
-        if kind == "wandb":
-            tracker.experiment.finish()
-
-
-def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -> None:
-    """Give a tracker, if there is one, what a finished run leaves beside its curves: scores, figures, best weights."""
-    if tracker is None:
-        return
-    scores = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
-    tracker.log_metrics({k: v for k, v in scores.items() if isinstance(v, float)}, step=result["epochs"])
-    figures, best = folder / "figures", find_checkpoint(folder).model.parent
-    experiment, run = cast(Any, tracker).experiment, cast(Any, tracker).version
-    if hasattr(experiment, "log_artifacts"):  # MLflow's client
-        if figures.is_dir():
-            experiment.log_artifacts(run, str(figures), "figures")
-        experiment.log_artifacts(run, str(best), "model")
-    else:
-        for picture in sorted(figures.glob("*.png")):
-            cast(Any, tracker).log_image(f"figures/{picture.stem}", [str(picture)])
-        for file in sorted(best.iterdir()):
-            experiment.save(str(file), base_path=str(best.parent), policy="now")

@@ -22,7 +22,8 @@ from maelab.runs import Run, open_run, write_atomically
 from maelab.runs.checkpoints import gone
 from maelab.runs.listing import METRICS
 from maelab.training.checkpoint import weights_sha256
-from maelab.training.parallel import Engine, Tracker, open_tracker, tensorboard
+from maelab.training.parallel import Engine
+from maelab.training.trackers import Tracker, open_tracker, tensorboard
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -41,9 +42,14 @@ def part_of(whole: str) -> Iterator[None]:
         _whole = ""
 
 
+def whole() -> str:
+    """What the runs of the moment are a part of; "" where they stand alone."""
+    return _whole
+
+
 def first_process() -> bool:
-    """Whether this process is the one that speaks and writes: of several, every one runs the whole command."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process is the one that speaks and writes, of all that work on a run, on whatever machine."""
+    return os.environ.get("RANK", os.environ.get("NODE_RANK", "0")) == "0"
 
 
 def say(text: str) -> None:
@@ -142,7 +148,7 @@ class RunLog:
             self._file = open(place, "a+b")  # noqa: SIM115 - closed by close()
             self._file.truncate(len(kept))
             self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
-            self._trackers = [self._tensorboard, *([tracker] if tracker else [])]
+            self._tracker = tracker
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -171,9 +177,12 @@ class RunLog:
             raise gone(self._folder)
         self._file.write(row.encode())
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.log_metrics({f"{split}/{k}": v for k, v in values.items()}, step=epoch)
-        self._tensorboard.experiment.flush()  # its thread prints a traceback if the folder goes while it has work
+        named = {f"{split}/{k}": v for k, v in values.items()}
+        for name, value in named.items():
+            self._tensorboard.add_scalar(name, value, epoch)
+        if self._tracker is not None:
+            self._tracker.log(named, epoch)
+        self._tensorboard.flush()  # its thread prints a traceback if the folder goes while it has work
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -186,4 +195,4 @@ class RunLog:
         if self._file is not None and self._folder is not None:
             self._file.close()
             if self._folder.is_dir():
-                self._tensorboard.finalize("success")
+                self._tensorboard.close()
