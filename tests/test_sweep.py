@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,47 @@ def test_any_error_ends_a_cell_and_not_the_sweep(maelab, digits_folder, tmp_path
     bad, good = json.loads((tmp_path / "out" / "sweep.json").read_text())["cells"]
     assert ended.status == 1 and "error" in bad and good["finetune_accuracy"] >= 0
     assert (tmp_path / "out" / "mask_ratio=0.5").read_text() == "in the way"
+
+
+ONE_FAILS = """
+import os, sys
+from maelab.cli import main
+from maelab.tasks import pretrain
+
+made = pretrain.make_step_loss
+
+def make(config, *more):
+    if config.patch_size == 14 and os.environ["RANK"] == "1":
+        raise ValueError("something odd in the second process")
+    return made(config, *more)
+
+pretrain.make_step_loss = make
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.dist
+def test_cells_in_two_processes_and_one_process_that_fails(digits_folder, tmp_path: Path):
+    """What fails in one process ends its cell alone; the next one has new processes."""
+    (tmp_path / "sweep.py").write_text(ONE_FAILS)
+    line = (
+        "sweep",
+        "smoke",
+        "--data",
+        f"folder:{digits_folder}",
+        "--grid",
+        "patch_size=14,7",
+        *SMALL,
+        "--threads",
+        "1",
+    )
+    command = [sys.executable, "sweep.py", *line, "--device", "cpu", "--devices", "2", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and "some cells failed" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    result = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    bad, good = result["cells"]
+    assert bad["error"] == "ValueError: something odd in the second process" and result["complete"]
+    assert result["best"] == good["settings"] == {"patch_size": "7"}
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cell ")]
+    assert len(lines) == 2 and "something odd" in lines[0] and "finetune_accuracy" in lines[1]
