@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from maelab.config import Augment
-from maelab.data.batches import rank_slice, scale
+from maelab.data.batches import knows_float64, rank_slice, scale
 
 __all__ = ["Augment", "augment", "mix"]
 
@@ -287,8 +287,9 @@ def brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Blend with the mean grey."""
-    mean = _gray(x).double().mean(dim=(1, 2, 3), keepdim=True)  # exact sums: no order of addition shows
-    return _blend((mean + 0.5).floor().float(), x, factor)
+    total = _gray(x).long().sum(dim=(1, 2, 3), keepdim=True)  # of integers: no order of addition shows
+    n = x[0, 0].numel()
+    return _blend(((total + n // 2) // n).float(), x, factor)  # rounded, a half upwards
 
 
 def color(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -318,9 +319,15 @@ def solarize(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 def autocontrast(x: torch.Tensor) -> torch.Tensor:
     """Stretch each channel to 0 .. 255; a flat channel stays."""
-    low, high = x.amin(dim=(2, 3), keepdim=True).double(), x.amax(dim=(2, 3), keepdim=True).double()
+    flat = x.flatten(0, 1).flatten(1)  # (b * C, H * W)
+    low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
+    if not knows_float64(x.device):
+        low, high = low.cpu(), high.cpu()
+    low, high = low.double(), high.double()
     gain = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / x would multiply by a rounded 1 / x
-    return torch.where(high > low, (x * gain - low * gain).clamp(0, 255).to(torch.uint8), x)
+    levels = torch.arange(256, dtype=torch.float64, device=low.device)
+    table = torch.where(high > low, (levels * gain - low * gain).clamp(0, 255), levels).to(torch.uint8)  # (b * C, 256)
+    return table.to(x.device).gather(1, flat.long()).view_as(x)
 
 
 def equalize(x: torch.Tensor) -> torch.Tensor:

@@ -93,3 +93,8 @@ def eval_batches(data: ImageSet, batch_size: int) -> Iterator[tuple[torch.Tensor
 def part_seed(seed: int, step: int, part: int) -> int:
     """Seed for what a model draws by itself (drop path) in one part of a training step."""
     return int(np.random.SeedSequence((seed, step, part), spawn_key=(_MODEL,)).generate_state(1)[0])
+
+
+def knows_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; that of Apple does not."""
+    return device.type in ("cpu", "cuda")

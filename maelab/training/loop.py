@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from maelab.config import LoopConfig
-from maelab.data.batches import part_seed, steps_per_epoch
+from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.runs import commit
 from maelab.runs.checkpoints import TRAINING, checkpoints
@@ -123,7 +124,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     warmup_steps = min(round(config.warmup_epochs * per_epoch), total_steps // 2)
     resumed_from = checkpoints(folder) / "last" / TRAINING
 
-    wide = torch.float32 if engine.device.type == "mps" else torch.float64  # of sums; MPS has no more
+    wide = torch.float64 if knows_float64(engine.device) else torch.float32  # of sums
     task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
     optimizers = build_optimizers(task.model, config, task.layer_decay)
     average = copy.deepcopy(task.model).requires_grad_(False) if config.ema_decay else None
@@ -155,6 +156,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
             state |= {"optimizers": [o.state_dict() for o in optimizers], "average": average and average.state_dict()}
             files: dict[str, Any] = {f"last/{name}": content for name, content in weights.items()}
             files |= {f"best/{name}": content for name, content in weights.items()} if better else {}
+            state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
             files[f"last/{TRAINING}"] = lambda place: torch.save(state, place)
             commit(folder, files, {"step": position["step"], "epoch": position["step"] // per_epoch})
         engine.barrier()

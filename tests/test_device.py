@@ -1,0 +1,104 @@
+"""Everything runs on a device that is not the CPU; see tests/device.py for one that is as strict as the real ones."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device import DEVICE, device
+
+from maelab import recipes
+from maelab.config import ProbeConfig, RunOptions
+from maelab.runs import read_metrics
+from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct
+from maelab.training.parallel import Engine
+
+AUGMENT: dict[str, Any] = {
+    "crop_padding": 2, "crop_scale": 0.8, "flip": True, "affine_degrees": 10, "elastic": 0.05, "color_jitter": 0.2,
+    "rand_augment_ops": 2, "random_erasing": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for task in (attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct):
+        monkeypatch.setattr(task, "start_engine", lambda *_: Engine(DEVICE, "fp32"))
+    with device():
+        yield
+
+
+def options(out: Path) -> RunOptions:
+    return RunOptions(out=out, device="cpu", threads=1, attention="matmul")
+
+
+def small(config: Any, folder: Path, **changes: Any) -> Any:
+    fixed: dict[str, Any] = {"precision": "fp32", "limit": 64, "batch_size": 16, "epochs": 2, "val_fraction": 0.1}
+    return replace(config, data=f"folder:{folder}", **{**fixed, **changes})
+
+
+def test_the_device_is_strict(strict: None):
+    x = torch.ones(3).to(DEVICE)
+    assert (x + 1).device == DEVICE and (x + 1).sum().item() == 6
+    for refused in (
+        lambda: x.double(),
+        lambda: x + torch.ones(3),
+        lambda: torch.ones(3, device=DEVICE).cumsum(0, dtype=torch.float64),
+    ):
+        with pytest.raises((TypeError, RuntimeError), match=r"no float64|same device"):
+            refused()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_was_stopped_goes_on(optimizer: str, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """And ends where the CPU does."""
+    config = small(recipes.pretrain_smoke(), digits_folder, optimizer=optimizer, ema_decay=0.9, clip_grad=1.0)
+    pretrain.pretrain(config, options=options(tmp_path / "cpu"))
+    monkeypatch.setattr(pretrain, "start_engine", lambda *_: Engine(DEVICE, "fp32"))
+    made = pretrain.make_step_loss
+
+    def failing(*arguments: Any) -> Any:
+        step_loss = made(*arguments)
+
+        def fails(model: Any, step: int, *more: Any) -> Any:
+            if step == 5:
+                raise KeyboardInterrupt
+            return step_loss(model, step, *more)
+
+        return fails
+
+    with device():
+        monkeypatch.setattr(pretrain, "make_step_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(config, options=options(tmp_path / "device"))
+        monkeypatch.setattr(pretrain, "make_step_loss", made)
+        pretrain.pretrain(config, options=options(tmp_path / "device"))
+    ours, theirs = (
+        [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("device", "cpu")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3 if optimizer == "muon" else 1e-5) and len(ours) == 4
+
+
+def test_every_task_runs_there(strict: None, digits_folder: Path, tmp_path: Path):
+    run, out = tmp_path / "mae", tmp_path / "picture.png"
+    config = small(recipes.pretrain_smoke(), digits_folder, norm_pix_loss=True, epochs=1, **AUGMENT)
+    _, result = pretrain.pretrain(config, options=options(run))
+    assert "knn_accuracy" in result["val"]
+    probing = ProbeConfig(init=str(run), precision="fp32", limit=64, batch_size=16, epochs=1)
+    assert "knn_accuracy" in probe.probe(probing, options=options(tmp_path / "probe"))[1]["test"]
+    mixed = {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1, "drop_path": 0.1, "patch_drop": 0.25}
+    tuning = small(recipes.finetune_smoke(), digits_folder, init=str(run), epochs=1, ema_decay=0.9, **mixed, **AUGMENT)
+    _, result = finetune.finetune(tuning, options=options(tmp_path / "tuned"))
+
+    nowhere = options(tmp_path)
+    assert evaluate.evaluate(tmp_path / "tuned", options=nowhere)["accuracy"] == result["test"]["accuracy"]
+    assert evaluate.evaluate(run, options=nowhere)["masked_mse"] > 0
+    image = sorted(digits_folder.rglob("*.png"))[0]
+    assert [row["path"] for row in predict.predict(tmp_path / "tuned", image, options=nowhere)] == [str(image)]
+    assert features.features(run, [image], out=tmp_path / "features.npz", options=nowhere)["images"] == 1
+    assert features.features(run, out=tmp_path / "features.npz", options=nowhere)["images"] > 1
+    for model in (run, tmp_path / "tuned"):
+        assert attention.attention(model, [image], out=out, options=nowhere)["images"] == 1
+    for kind in ("random", "block", "grid"):
+        assert reconstruct.reconstruct(run, [image], mask_kind=kind, out=out, options=nowhere)["images"] == 1
