@@ -9,9 +9,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
@@ -44,35 +41,42 @@ def literal(figure: Figure) -> Iterator[None]:
         text.set_text(plain(text.get_text()))
         text.set_parse_math(False)
         text.set_usetex(False)
-    with plt.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         yield
 
 
+def panels(rows: int = 1, columns: int = 1, *, layout: Any = None, figsize: tuple[float, float], **more: Any) -> Any:
+    """A figure and its axes, (rows, columns). Nobody else's: pyplot, and what a notebook draws with it, see none of it.
+
+    Args:
+        rows, columns: of axes.
+        layout: of `matplotlib.figure.Figure`.
+        figsize: width and height, inches.
+        more: for `Figure.subplots`.
+    """
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a PNG atomically and release the figure.
+    """Write a PNG atomically.
 
     Raises:
         RunError: if it cannot be written.
     """
-    try:
-        with literal(figure):
-            write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
-    finally:
-        plt.close(figure)
+    with literal(figure):
+        write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=DPI, bbox_inches="tight"))
 
 
 @contextlib.contextmanager
 def optional(failure: str) -> Iterator[None]:
     """Let what is inside fail without the result that it belongs to: one line on stderr says `failure` and why."""
-    before = plt.get_fignums()
     try:
         yield
     except Exception as error:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         print(visible(f"{failure}: {why}; the result stands"), file=sys.stderr)
-        for number in set(plt.get_fignums()) - set(before):
-            plt.close(number)
 
 
 def to_picture(image: Any) -> np.ndarray:
@@ -133,7 +137,7 @@ def reconstructions(
     """
     width = max(len(original) for _, original, _, _ in groups)
     # Without a layout engine: the tight box of save_figure takes in titles and labels, however long.
-    figure, axes = plt.subplots(len(groups), 1, figsize=(1.3 * width, 4.4 * len(groups)), squeeze=False)
+    figure, axes = panels(len(groups), figsize=(1.3 * width, 4.4 * len(groups)))
     for ax, (title, *rows) in zip(axes[:, 0], groups, strict=True):
         canvas, rows_at, columns_at = _mosaic(rows)
         ax.imshow(canvas, interpolation="nearest")
@@ -167,8 +171,8 @@ def ratio_sweep(
     height, width = canvas.shape[:2]
     inches = 1.0 * (len(groups) + 1)
     tall = inches * height / width
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(inches, tall + 1.6), height_ratios=(tall, 1.6), layout="constrained", sharex=True
+    figure, ((above,), (below,)) = panels(
+        2, figsize=(inches, tall + 1.6), height_ratios=(tall, 1.6), layout="constrained", sharex=True
     )
     above.imshow(canvas, interpolation="nearest", aspect="auto")
     above.set_yticks(rows_at, ["masked", "rebuilt"] * (len(rows) // 2), fontsize=8)
@@ -233,7 +237,7 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
     hidden = {"epoch", "split", "seconds", "images_per_s"}
     names = list(dict.fromkeys(k for row in metrics for k in row if k not in hidden))
     names.sort(key=lambda name: _PANELS.index(name) if name in _PANELS else len(_PANELS))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False, layout="constrained")
+    figure, axes = panels(1, len(names), figsize=(3.6 * len(names), 2.8), layout="constrained")
     for ax, name in zip(axes[0], names, strict=True):
         for split, colour in COLOURS.items():
             points = [(row["epoch"], row[name]) for row in metrics if row["split"] == split and name in row]
@@ -263,7 +267,7 @@ def predictions(
     probabilities = np.asarray(probabilities)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.85 * rows), squeeze=False, layout="compressed")
+    figure, axes = panels(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="compressed")
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
@@ -289,7 +293,7 @@ def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     n = len(class_names)
     side = min(max(4.0, 0.45 * n + 1.5), 16.0)
-    figure, ax = plt.subplots(figsize=(side, side))
+    figure, [[ax]] = panels(figsize=(side, side))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if n <= 20:
         for i, j in np.ndindex(n, n):
@@ -322,12 +326,12 @@ def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields:
     for (row, column), value in values.items():
         if value is not None:
             table[rows.index(row), columns.index(column)] = value
-    figure, ax = plt.subplots(figsize=(1.1 * len(columns) + 1, 0.7 * len(rows) + 0.8))
+    figure, [[ax]] = panels(figsize=(1.1 * len(columns) + 1, 0.7 * len(rows) + 0.8))
     image = ax.imshow(np.ma.masked_invalid(table), cmap="viridis", aspect="auto")
     for i, j in np.ndindex(*table.shape):
         missing = np.isnan(table[i, j])
         dark = not missing and float(image.norm(table[i, j])) < 0.6  # type: ignore[arg-type]
-        ink = plt.rcParams["text.color"] if missing else "white" if dark else "black"  # none: on bare paper
+        ink = matplotlib.rcParams["text.color"] if missing else "white" if dark else "black"  # none: on bare paper
         text = "none" if missing else f"{table[i, j]:.4f}"
         ax.text(j, i, text, ha="center", va="center", fontsize=9, color=ink)
     ax.set_xticks(range(len(columns)), [short(str(c), 2 * NAME) for c in columns])

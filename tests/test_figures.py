@@ -1,7 +1,10 @@
 """Figures: whole PNG files, written atomically, with the pixels that were given."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -15,9 +18,12 @@ RED, GREEN, BLUE, YELLOW, PINK, CYAN = (
 
 
 @pytest.fixture(autouse=True)
-def no_figure_stays_open():
+def what_others_draw_is_left_alone():
+    """As in a notebook, whose pictures come from pyplot and a backend of its choice."""
+    plt.switch_backend("svg")
+    style = dict(matplotlib.rcParams)
     yield
-    assert not plt.get_fignums()
+    assert plt.get_backend() == "svg" and not plt.get_fignums() and dict(matplotlib.rcParams) == style
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -102,8 +108,10 @@ def test_curves_draw_training_and_validation(tmp_path):
 
 
 def test_knn_accuracy_is_drawn_beside_the_loss(tmp_path, monkeypatch):
-    titles, close = [], figures.plt.close
-    monkeypatch.setattr(figures.plt, "close", lambda f: (titles.extend(ax.get_title() for ax in f.axes), close(f)))
+    titles, save = [], figures.save_figure
+    monkeypatch.setattr(
+        figures, "save_figure", lambda f, file: (titles.extend(ax.get_title() for ax in f.axes), save(f, file))
+    )
     row = {"epoch": 1, "split": "val", "masked_mse": 0.1, "loss": 0.1, "knn_accuracy": 0.9}
     figures.curves(tmp_path / "c.png", [{"epoch": 1, "split": "train", "loss": 0.2, "lr": 1e-3}, row])
     assert titles == ["loss", "k-NN accuracy", "learning rate", "masked MSE"]
@@ -161,7 +169,7 @@ def test_confusion_of_any_number_of_classes(tmp_path, n):
 def test_text_on_the_diagonal_contrasts_with_its_ground(tmp_path, monkeypatch):
     drawn: dict[str, str] = {}
     monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.update(
-        {text.get_text(): str(text.get_color()) for text in figure.axes[0].texts}) or plt.close(figure))  # fmt: skip
+        {text.get_text(): str(text.get_color()) for text in figure.axes[0].texts}))  # fmt: skip
     figures.confusion(tmp_path / "c.png", np.array([[10, 90, 0], [0, 100, 0], [3, 0, 0]]), ["a", "b", "c"])
     assert drawn == {"10.0%": "black", "90": "white", "100%": "white", "3": "white", "0.0%": "black"}
 
@@ -200,3 +208,13 @@ def test_an_overlay_is_bright_where_attention_is():
     light = shown[0].mean(axis=0)
     patches = light.reshape(2, 4, 3, 4).transpose(0, 2, 1, 3).reshape(6, 16)
     assert np.ptp(patches, axis=1).max() < 1e-6 and list(np.argsort(patches[:, 0])[-3:]) == [1, 2, 3]
+
+
+def test_importing_maelab_chooses_no_backend():
+    """Whoever imports it may draw with another; pyplot itself is not even loaded."""
+    code = "import os, sys; os.environ['MPLBACKEND'] = 'template'\n"
+    code += "from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct\n"
+    code += "import maelab.fit, maelab.sweep, maelab.report.figures, matplotlib\n"
+    code += "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.get_backend() == 'template'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from maelab.errors import RunError
-from maelab.figures import save_figure
+from maelab.figures import panels, save_figure
 from maelab.names import short
 from maelab.report.groups import Group, mean_sd, number
 
@@ -44,7 +44,7 @@ def paper(kind: str) -> Iterator[None]:
         "axes.facecolor": back,
         "savefig.facecolor": back,
     } | dict.fromkeys(INKED, ink)
-    with plt.rc_context({**STYLE, **colours}):
+    with matplotlib.rc_context({**STYLE, **colours}):
         yield
 
 
@@ -80,7 +80,7 @@ def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label:
         quantity: of metrics.jsonl.
         label: title of the panel.
     """
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
+    figure, [[ax]] = panels(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
     for group, colour in zip(groups, COLOURS, strict=False):
         by_epoch: dict[int, list[float | None]] = {}
         for run in group.runs:
@@ -115,7 +115,7 @@ def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) ->
         rows: (name, values of the seeds).
         label: what the values are.
     """
-    figure, ax = plt.subplots(figsize=(WIDTH * 1.3, 0.9 + 0.52 * len(rows)), layout="constrained")
+    figure, [[ax]] = panels(figsize=(WIDTH * 1.3, 0.9 + 0.52 * len(rows)), layout="constrained")
     for y, (name, values) in enumerate(rows):
         summary = mean_sd(values)
         assert summary is not None
@@ -142,7 +142,7 @@ def fractions(file: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], 
         lines: name -> share of the labels -> values of the seeds.
         label: title.
     """
-    figure, ax = plt.subplots(figsize=(WIDTH * 1.3, 3.4 + 0.2 * len(lines)), layout="constrained")
+    figure, [[ax]] = panels(figsize=(WIDTH * 1.3, 3.4 + 0.2 * len(lines)), layout="constrained")
     for (name, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
         known = {share: s for share, values in sorted(points.items()) if (s := mean_sd(values))}
         deviations = [s[1] or 0.0 for s in known.values()]
