@@ -26,7 +26,7 @@ import tyro
 
 from maelab import recipes
 from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
-from maelab.errors import MaelabError, RunError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError, out_of_memory
 from maelab.names import csv_cell, visible
 
 Positional = tyro.conf.Positional
@@ -897,6 +897,6 @@ def _explain(error: Exception) -> tuple[str, int]:
         place = f"{error.filename2 or error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}", 1
     first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
+    if out_of_memory(error):
         return "there is not enough memory; try a smaller --batch-size, --accumulate 2, or a smaller model", 1
     return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1

@@ -17,3 +17,9 @@ class RunError(MaelabError):
     """What was asked for is possible, and failed: no network, a full disk, a loss that is not a number."""
 
     exit_status = 1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, of the machine or of a GPU."""
+    first = (str(error).splitlines() or [""])[0]
+    return isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from maelab.data import ImageSet
-from maelab.data.batches import eval_batches
+from maelab.data.batches import in_batches
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify, unpatchify
 from maelab.model.mae import NORM_PIX_EPS
 from maelab.model.masks import len_keep
 from maelab.model.vit import Block
 
-EVAL_BATCH = 512
+EVAL_BATCH = 512  # images at a time, and fewer where memory does not hold so many
 
 
 def check_masking(num_patches: int, mask_ratio: float) -> None:
@@ -53,7 +53,11 @@ def extract_features(model: VisionTransformer, data: ImageSet, pool: Literal["to
     if pool == "token" and not model.num_prefix_tokens:
         raise ValueError("this encoder has no class token; use pool='avg'")
     model.eval()
-    return torch.cat([model.pool(model.forward_features(x), pool).float() for x, _ in eval_batches(data, EVAL_BATCH)])
+
+    def pooled(images: torch.Tensor) -> torch.Tensor:
+        return model.pool(model.forward_features(images), pool).float()
+
+    return torch.cat(list(in_batches(pooled, data, EVAL_BATCH)))
 
 
 @torch.no_grad()
@@ -156,15 +160,20 @@ def masked_mse(model: MaskedAutoencoderViT, data: ImageSet, mask_ratio: float, s
     """
     generator = torch.Generator().manual_seed(seed)
     model.eval()
-    squares, losses, hidden = 0.0, 0.0, 0.0
-    for images, _ in eval_batches(data, EVAL_BATCH):
-        noise = torch.rand(len(images), model.num_patches, generator=generator).to(images.device)
-        loss, pred, mask = model(images, mask_ratio, noise)
+    noise = torch.empty(0, model.num_patches)  # of the images that are next
+
+    def sums(images: torch.Tensor) -> tuple[float, float, float]:
+        nonlocal noise
+        if len(noise) < len(images):  # a batch that is tried again, smaller, has the same masks
+            noise = torch.cat([noise, torch.rand(len(images) - len(noise), model.num_patches, generator=generator)])
+        loss, pred, mask = model(images, mask_ratio, noise[: len(images)].to(images.device))
         patches = patchify(images, model.patch_size)  # (B, L, p * p * C)
         errors = (denormalise(model, pred, patches) - patches).square().mean(dim=-1)  # (B, L)
-        squares += float((errors * mask).sum())
-        losses += float(loss) * float(mask.sum())
-        hidden += float(mask.sum())
+        found = float((errors * mask).sum()), float(loss) * float(mask.sum()), float(mask.sum())
+        noise = noise[len(images) :]
+        return found
+
+    squares, losses, hidden = map(sum, zip(*in_batches(sums, data, EVAL_BATCH), strict=True))
     return {"masked_mse": squares / hidden, "loss": losses / hidden}
 
 
@@ -217,7 +226,7 @@ def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tenso
         data: images of the model's size and channels, on its device.
     """
     model.eval()
-    return torch.cat([model(x).float().softmax(dim=1) for x, _ in eval_batches(data, EVAL_BATCH)])
+    return torch.cat(list(in_batches(lambda images: model(images).float().softmax(dim=1), data, EVAL_BATCH)))
 
 
 def classification_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ from maelab.data import ImageSet
 from maelab.data.batches import (
     batch_index,
     epoch_order,
-    eval_batches,
+    in_batches,
     rank_slice,
     scale,
     step_generator,
@@ -86,10 +86,30 @@ def test_scale_and_back():
     assert unscale(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_eval_batches_are_in_order_and_complete():
+def test_batches_are_in_order_and_complete():
     images = torch.randint(256, (7, 1, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batches = list(eval_batches(ImageSet(images, torch.arange(7)), 3))
-    assert [len(x) for x, _ in batches] == [3, 3, 1]
-    assert torch.equal(torch.cat([x for x, _ in batches]), scale(images))
-    assert torch.cat([y for _, y in batches if y is not None]).tolist() == list(range(7))
-    assert [y for _, y in eval_batches(ImageSet(images, None), 4)] == [None, None]
+    batches = list(in_batches(lambda x: x, ImageSet(images, None), 3))
+    assert [len(x) for x in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat(batches), scale(images))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried")],
+)  # fmt: skip
+def test_batches_are_halved_where_memory_runs_out(error):
+    images, tried = torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1), []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        tried.append(len(x))
+        if len(x) > 3:
+            raise error
+        return x
+
+    assert torch.equal(torch.cat(list(in_batches(function, ImageSet(images, None), 9))), scale(images))
+    assert tried == [9, 5, 3, 3, 3, 2]
+    with pytest.raises(type(error)):
+        next(in_batches(lambda x: function(x.repeat(4, 1, 1, 1)), ImageSet(images, None), 9))
+    with pytest.raises(RuntimeError, match="shapes"):
+        next(in_batches(lambda x: x @ torch.ones(3, 2), ImageSet(images, None), 9))

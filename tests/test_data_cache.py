@@ -12,7 +12,7 @@ from maelab.config import PretrainConfig
 from maelab.data import cache as module
 from maelab.data import folder, load, training_sets
 from maelab.data.augment import augment
-from maelab.data.batches import eval_batches, step_generator
+from maelab.data.batches import in_batches, step_generator
 from maelab.data.sets import MappedImages
 from maelab.errors import RunError
 
@@ -53,7 +53,7 @@ def test_images_in_a_file_train_like_those_in_memory(cifar_folder, mapped: Path,
         index = torch.tensor([3, 0, 7, 7])
         batches = [augment(part.images, index, config, step_generator(1, 2)) for part in (one, other)]
         assert batches[0].equal(batches[1])
-        for (x, _), (y, _) in zip(eval_batches(one, 16), eval_batches(other, 16), strict=True):
+        for x, y in zip(*(in_batches(lambda x: x, part, 16) for part in (one, other)), strict=True):
             assert x.equal(y)
     assert on_disk.test is not None and memory.test is not None and on_disk.test.images[:].equal(memory.test.images)
     on_disk.train.images[torch.tensor([0])].zero_()

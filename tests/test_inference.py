@@ -320,3 +320,21 @@ def test_attention_is_that_of_the_class_token_only_where_it_is_read():
     torch.testing.assert_close(by_patches, attention[:, 1:, 1:].mean(dim=1).reshape(2, 4, 4))
     none = attention_to_patches(classifier(global_pool="avg", class_token=False), attention[:, 1:, 1:])
     torch.testing.assert_close(none, by_patches)
+
+
+@torch.no_grad()
+def test_too_little_memory_for_a_batch_changes_nothing_but_rounding(mnist_small, monkeypatch):
+    """Down to batches as small as those of training, so that a smaller --batch-size helps."""
+    data, mae, classes = first(mnist_small, 10), autoencoder(), classifier()
+    expected = masked_mse(mae, data, 0.75, seed=3), class_probabilities(classes, data), extract_features(mae, data)
+    whole = VisionTransformer.to_patches
+
+    def small(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(model, images)
+
+    monkeypatch.setattr(VisionTransformer, "to_patches", small)
+    assert masked_mse(mae, data, 0.75, seed=3) == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(class_probabilities(classes, data), expected[1])
+    torch.testing.assert_close(extract_features(mae, data), expected[2])

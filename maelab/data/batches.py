@@ -1,14 +1,16 @@
 """Which images make up a training step, as a pure function of (seed, step): nothing has to be saved to resume."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from maelab.data.sets import ImageSet
-from maelab.errors import UsageError
+from maelab.errors import UsageError, out_of_memory
 
+T = TypeVar("T")
 _ORDER, _STEP, _MODEL = 0, 1, 2  # keep the streams apart
 
 
@@ -78,16 +80,28 @@ def unscale(images: torch.Tensor) -> torch.Tensor:
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def eval_batches(data: ImageSet, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """All images in order and as they are, an incomplete last batch included.
+def in_batches(function: Callable[[torch.Tensor], T], data: ImageSet, batch_size: int) -> Iterator[T]:
+    """What a function makes of all images in order, a batch at a time, an incomplete last one included.
 
-    Yields:
-        images: float32 (B, C, H, W) in [-1, 1], on the device of the data.
-        labels: int64 (B,), or None where there are none.
+    Where memory runs out, batches are halved from there on: a model that was trained in small batches is evaluated too.
+
+    Args:
+        function: of float32 (B, C, H, W) in [-1, 1], on the device of the data.
+        data: the images.
+        batch_size: how many at a time, at most.
     """
-    for start in range(0, len(data.images), batch_size):
-        part = slice(start, start + batch_size)
-        yield scale(data.images[part]), None if data.labels is None else data.labels[part]
+    start = 0
+    while start < len(data):
+        batch_size = min(batch_size, len(data) - start)
+        try:
+            result = function(scale(data.images[start : start + batch_size]))
+        except (MemoryError, RuntimeError) as error:
+            if batch_size == 1 or not out_of_memory(error):
+                raise
+            batch_size = -(-batch_size // 2)
+            continue  # behind this block, so that what the failure holds is free
+        start += batch_size
+        yield result
 
 
 def part_seed(seed: int, step: int, part: int) -> int:
