@@ -25,24 +25,24 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default}  # by places on the CPU 
 
 
 class OnDevice(torch.Tensor):
-    """A tensor of the device; `inner` is where it really is."""
+    """A tensor of the device; `held` is where it really is."""
 
-    inner: torch.Tensor
+    held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> "OnDevice":
+    def __new__(cls, held: torch.Tensor) -> "OnDevice":
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             device=DEVICE,
         )  # fmt: skip
-        made.inner = inner
+        made.held = held
         return made
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.held.tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnDevice({self.inner!r})"
+        return f"OnDevice({self.held!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,7 +56,7 @@ class _Device(TorchDispatchMode):
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
-    ours = {id(x.inner): x for x in tensors if isinstance(x, OnDevice)}
+    ours = {id(x.held): x for x in tensors if isinstance(x, OnDevice)}
     wanted = kwargs.get("device")
     if not ours and (wanted is None or torch.device(wanted).type != DEVICE.type):
         return func(*args, **kwargs)
@@ -66,7 +66,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"{func}: expected a strict generator, but found cpu")
     to_cpu = wanted is not None and torch.device(wanted).type == "cpu"
-    args, kwargs = tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
+    args, kwargs = tree_map_only(OnDevice, lambda x: x.held, (args, kwargs))
     result = func(*args, **(kwargs | ({"device": "cpu"} if wanted is not None else {})))
     if to_cpu or (func is aten.copy_.default and id(args[0]) not in ours):
         return result

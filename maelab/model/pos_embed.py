@@ -22,6 +22,10 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int], class_token: bool = 
     """
     if embed_dim % 4:
         raise ValueError(f"sine-cosine position embeddings need an embed_dim that 4 divides, got {embed_dim}")
+    if (
+        torch.get_default_device().type == "meta"
+    ):  # shapes alone are wanted; to compute there loads the compiler: seconds
+        return torch.empty(1, grid[0] * grid[1] + class_token, embed_dim)
     quarter = embed_dim // 4
     frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)  # (D/4,)
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")

@@ -27,7 +27,8 @@ from maelab.training.parallel import MEETING, leave
 from maelab.training.runlog import part_of, whole
 
 GRACE = 5.0  # seconds that the others have to put away their work, once one process has failed
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def in_processes(task: Callable[P, R]) -> Callable[P, R]:
