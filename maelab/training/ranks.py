@@ -72,6 +72,9 @@ def launch(function: Callable[..., R], options: RunOptions, /, *arguments: Any, 
                 with _no_interrupt():
                     for environment in environments:
                         ranks.append(_Rank(environment, function, arguments, named))
+                if requests:  # one of them may have come too late to hear it
+                    for rank in ranks:
+                        rank.process.terminate()
                 return _outcome(ranks, requests)
         finally:
             for rank in ranks:
@@ -127,6 +130,8 @@ def _outcome(ranks: list[_Rank], requests: list[int]) -> Any:
     failures = [found for found in answers.values() if _is_error(found[1])]
     if failures:  # of the others, most lost their connection to the first
         raise min(failures, key=lambda found: found[0])[1]
+    for rank in ranks:
+        rank.process.join(GRACE)
     return answers[ranks[0].number][1]
 
 
