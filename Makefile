@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench results torture clean
+.PHONY: install quickstart test check bench results page torture clean
 
 # What running needs; test and check add the rest. Stamps keep a second call instant.
 .venv/.base: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ bench: .venv/.dev
 
 results: .venv/.dev
 	$(BIN)/python results/make.py $(PART) --jobs $(or $(JOBS),1)
+
+page: .venv/.dev
+	$(BIN)/python results/make.py --page
 
 torture: .venv/.dev
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -1,10 +1,9 @@
 """The main job, start to end: pretrain on MNIST, look at reconstructions, fine-tune, read the test set once.
 
-`make quickstart` runs this. A second call finds the two run folders complete and only prints the summary; after an
-interruption it goes on where it was.
+`make quickstart` runs this. A second call finds both runs complete, makes the page again and prints the summary; after
+an interruption it goes on where it was.
 """
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -20,13 +19,10 @@ PAGE = Path("runs/quickstart.html")
 
 def main() -> int:
     begun = time.perf_counter()
-    if not (MAE / "result.json").exists():
-        maelab.pretrain(recipes.pretrain_mnist(), options=maelab.RunOptions(out=MAE), recipe="mnist")
-    if not (CLASSIFIER / "result.json").exists():
-        config = replace(recipes.finetune_mnist(), init=str(MAE))
-        maelab.finetune(config, options=maelab.RunOptions(out=CLASSIFIER), recipe="mnist")
+    _, mae = maelab.pretrain(recipes.pretrain_mnist(), options=maelab.RunOptions(out=MAE), recipe="mnist")
+    config = replace(recipes.finetune_mnist(), init=str(MAE))
+    _, classifier = maelab.finetune(config, options=maelab.RunOptions(out=CLASSIFIER), recipe="mnist")
     report([MAE, CLASSIFIER], out=PAGE)
-    mae, classifier = (json.loads((run / "result.json").read_text()) for run in (MAE, CLASSIFIER))
     error, trivial = mae["val"]["masked_mse"], mae["mean_predictor_loss"]
     test, val = classifier["test"]["accuracy"], classifier["val"]["accuracy"]
     print(f"""

@@ -12,13 +12,14 @@ from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOption
 from maelab.errors import MaelabError
 from maelab.runs import HoldsAnother, is_complete, open_collection, write_json
 from maelab.runs import folder as folders
+from maelab.runs.listing import SWEEP
 from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
 from maelab.training.loop import Interrupted
 from maelab.training.runlog import first_process, in_words, part_of, say
 
-MARKER, ENTRIES = "sweep.json", frozenset({"complete", "best", "lowest_masked_mse", "cells"})
+MARKER, ENTRIES = SWEEP, frozenset({"complete", "best", "lowest_masked_mse", "cells"})
 JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accuracy")
 
 

@@ -1,7 +1,7 @@
 """Every experiment behind the figures that the README shows: `make results`, or `make results PART=quickstart`.
 
 Full run folders lie in runs/results; a part that is stopped goes on where it was. What is small of them is kept in
-results/runs, and results/report.html and the README's table are made from that alone.
+results/runs.jsonl, and the README's tables and the page, results/build/report.html, are made from that alone.
 """
 
 import argparse
@@ -11,18 +11,21 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from maelab import runs
 from maelab.report import report
-from maelab.runs import is_complete, read_json
-from maelab.runs.checkpoints import PRETRAINED
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "results"
-KEPT = HERE / "runs"
+TABLE, PICTURES, BUILD = HERE / "runs.jsonl", HERE / "pictures", HERE / "build"
 README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
 LONG_SEEDS = (0, 1)  # of runs that take over half an hour where there is no AMX
@@ -89,7 +92,7 @@ CONTROLS = {  # of its table of controls: which classifiers from scratch, from a
     "CIFAR-10, 10% of the labels, 30 epochs": ("share10-scratch-s?", "share10-mnist-s?", "share10-cifar-s?"),
     "CIFAR-10, 1% of the labels, 100 epochs": ("share1-scratch-s?", "share1-mnist-s?", "share1-cifar-s?"),
 }
-PICTURES = ("reconstructions.png", "predictions.png")  # that the page shows; it draws the others itself
+KINDS = ("reconstructions", "predictions")  # of pictures of runs on the page; it draws the others itself
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
 AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
 SHARES = {
@@ -180,37 +183,33 @@ def needed(names: list[str], table: dict[str, str]) -> dict[str, str]:
     return todo
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run or a sweep is complete."""
-    return is_complete(folder) or bool(read_json(folder / "sweep.json").get("complete"))
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether it is a sweep of which some cells are done."""
-    return bool(read_json(folder / "sweep.json").get("cells")) and not is_done(folder)
+def belongs(name: str, whole: str) -> bool:
+    """Whether a record is that of a run or a sweep, or of a run within it."""
+    return name == whole or name.startswith(f"{whole}/")
 
 
 def restore(name: str) -> None:
-    """Put back what is kept of a run: a sweep half done, or a run whose weights come with maelab."""
+    """Put back what is kept of a run, with its weights where they come with maelab, unless its folder is there."""
     if not (WORK / name).exists():
-        shutil.copytree(KEPT / name, WORK / name)
-        if name in SHIPPED:
-            shutil.copytree(PRETRAINED / SHIPPED[name], WORK / name / "checkpoints" / "best")
+        for other, record in runs.read_records(TABLE).items():
+            if belongs(other, name):
+                runs.restore(record, WORK / other, f"maelab:{SHIPPED[name]}" if name in SHIPPED else None)
 
 
 def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
-    """Do what is not done yet, `jobs` at a time; with several, each gets one thread. A sweep that was kept half done
-    goes on from there, and what others begin from is not trained again where its weights come with maelab, unless it
-    is among those `asked` for. A sweep that reports cells which failed is done all the same.
+    """Call each command, `jobs` at a time; with several, each gets one thread. A command finds out itself what of its
+    run is done. What others begin from is not trained again where its weights come with maelab, unless it is among
+    those `asked` for. A sweep that reports cells which failed is done all the same.
 
     Raises:
         SystemExit: with the status of the first that fails, after those that still run have ended; 130 when
             interrupted, after those that run have saved themselves.
     """
     for name in todo:
-        if is_begun(KEPT / name) or (name in SHIPPED and name not in asked):
+        if name in SHIPPED and name not in asked:
             restore(name)
-    waiting = {name: text for name, text in todo.items() if not is_done(WORK / name)}
+    done = {name for name in todo if name in SHIPPED and name not in asked and runs.is_complete(WORK / name)}
+    waiting = {name: text for name, text in todo.items() if name not in done}
     running: dict[str, subprocess.Popen[bytes]] = {}
     status = 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -218,17 +217,19 @@ def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
     try:
         while (waiting and not status) or running:
             for name, text in list(waiting.items()):
-                ready = all(is_done(WORK / word[1:]) for word in shlex.split(text) if word.startswith("@"))
+                ready = all(word[1:] in done for word in shlex.split(text) if word.startswith("@"))
                 if ready and len(running) < jobs and not status:
                     print(f"{time.strftime('%H:%M')} {name}: maelab {text}", file=sys.stderr)
                     threads = ["--threads", "1"] if jobs > 1 else []
                     words = [sys.executable, "-m", "maelab", *command(text), "--out", str(WORK / name), *threads]
                     running[name] = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
                     del waiting[name]
-            time.sleep(0.5)
+            time.sleep(0.1)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    status = status or (0 if is_done(WORK / name) else process.returncode)
+                    failed = process.returncode and not runs.sweep_of(WORK / name).get("complete")
+                    status = status or (process.returncode if failed else 0)
+                    done.add(name)
                     del running[name]
     except KeyboardInterrupt:
         for process in running.values():
@@ -240,47 +241,70 @@ def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
         raise SystemExit(status)
 
 
-def keep(names: list[str]) -> None:
-    """Copy what is small of the complete runs and cells: configs, metrics, results; of the first seed pictures too."""
+def keep(names: Collection[str]) -> None:
+    """Put what is small of the complete runs into the table; of a sweep half done its complete runs."""
+    records = runs.read_records(TABLE)
     for name in names:
-        source, target = WORK / name, KEPT / name
-        if is_done(source) or (is_begun(source) and not is_done(target)):  # half a sweep replaces no whole one
-            shutil.rmtree(target, ignore_errors=True)
-            for file in source.rglob("*"):
-                cell = source / file.relative_to(source).parts[0]
-                if is_begun(source) and file.parent != source and not is_complete(cell / "finetune"):
-                    continue
-                record = file.suffix in (".json", ".jsonl") and "checkpoints" not in file.parts
-                if record or (file.name in PICTURES and read_json(file.parents[1] / "config.json").get("seed") == 0):
-                    (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target / file.relative_to(source))
+        new = runs.records_under(WORK / name) if (WORK / name).is_dir() else {}
+        whole = records.get(name, {}).get("sweep", {}).get("complete")
+        half = whole and not new.get(name, {}).get("sweep", {}).get("complete")  # which replaces no whole one
+        if any("result" in record for record in new.values()) and not half:
+            records = {other: record for other, record in records.items() if not belongs(other, name)} | new
+    runs.write_records(TABLE, records)
 
 
-def statistic(runs: list[dict[str, Any]], part: str, key: str) -> str:
+def build(records: Mapping[str, runs.Record]) -> None:
+    """Make the page and its figures from the table, and keep those pictures of runs that the page shows.
+
+    A picture comes from the run folder, if that holds the very run of the table, or else from those kept before.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "runs"
+        for name, record in records.items():
+            runs.restore(record, place / name)
+            same = runs.is_complete(WORK / name) and runs.record_of(WORK / name) == record
+            for kind in KINDS:
+                fresh, old = runs.figure_of(WORK / name, kind), PICTURES / name / f"{kind}.png"
+                target = runs.figure_of(place / name, kind)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if same and fresh.is_file():
+                    with Image.open(fresh) as image:  # 64 colours are plenty, and a third of the bytes
+                        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+                elif old.is_file():
+                    shutil.copyfile(old, target)
+        shutil.rmtree(BUILD, ignore_errors=True)
+        shown = report([place], out=BUILD / "report.html", figures=BUILD / "figures")["pictures"]
+        shutil.rmtree(PICTURES, ignore_errors=True)
+        for file in map(Path, shown):
+            target = PICTURES / file.parents[1].relative_to(place.resolve()) / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def statistic(results: list[dict[str, Any]], part: str, key: str) -> str:
     """Mean, and sample standard deviation where there are several; a dash for none."""
-    values = [run[part][key] for run in runs]
+    values = [result[part][key] for result in results]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{spread}" if values else "-"
 
 
-def kept(pattern: str) -> list[dict[str, Any]]:
-    """The results that are kept of the runs so named."""
-    return [read_json(folder / "result.json") for folder in KEPT.glob(pattern)] if pattern else []
-
-
-def tables() -> str:
+def tables(records: Mapping[str, runs.Record]) -> str:
     """The README's results as Markdown, from what is kept."""
+
+    def kept(pattern: str) -> list[dict[str, Any]]:
+        return [record["result"] for name, record in records.items() if pattern and fnmatchcase(name, pattern)]
+
     lines = ["| | published | maelab, on two CPU cores |", "|---|---|---|"]
     for what, (theirs, (pattern, *path), how) in BESIDE.items():
-        if runs := kept(pattern):
-            seeds = f"{len(runs)} seed" + "s" * (len(runs) > 1)
-            lines.append(f"| {what} | {theirs} | **{statistic(runs, *path)}** {how} ({seeds}) |")
+        if results := kept(pattern):
+            seeds = f"{len(results)} seed" + "s" * (len(results) > 1)
+            lines.append(f"| {what} | {theirs} | **{statistic(results, *path)}** {how} ({seeds}) |")
     question = "Does pretraining help? Test accuracy of the same fine-tuning from each start (in brackets: seeds):"
     head = "| fine-tuning | from scratch | from an MNIST autoencoder | from a CIFAR-10 autoencoder |"
     lines += ["", question, "", head, "|---|---|---|---|"]
     for what, names in CONTROLS.items():
         starts = [kept(name) for name in names]
-        cells = [statistic(runs, "test", "accuracy") + f" ({len(runs)})" * bool(runs) for runs in starts]
+        cells = [statistic(start, "test", "accuracy") + f" ({len(start)})" * bool(start) for start in starts]
         if any(starts):
             lines.append(f"| {what} | {' | '.join(cells)} |")
     head = "| what | seeds | masked MSE, validation | accuracy, validation | accuracy, test |"
@@ -293,10 +317,10 @@ def tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, records: Mapping[str, runs.Record]) -> str:
     """The README's text with the tables of today."""
     before, rest = text.split(START)
-    return before + START + tables() + END + rest.split(END, 1)[1]
+    return before + START + tables(records) + END + rest.split(END, 1)[1]
 
 
 def main() -> None:
@@ -304,19 +328,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}, or names of runs; none is all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--page", action="store_true", help="run nothing: make the page and the README's tables")
     arguments = parser.parse_args()
     table = {name: text for part in parts.values() for name, text in part.items()}
     if unknown := set(arguments.parts) - set(parts) - set(table):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    asked = [name for part in arguments.parts or parts for name in parts.get(part, [part])]
-    todo = needed(asked, table)
-    try:
-        run(todo, asked, arguments.jobs)
-    finally:
-        keep(list(todo))
-    shutil.rmtree(HERE / "figures", ignore_errors=True)
-    report([KEPT], out=HERE / "report.html", figures=HERE / "figures")
-    README.write_text(with_tables(README.read_text()))
+    if not arguments.page:
+        asked = [name for part in arguments.parts or parts for name in parts.get(part, [part])]
+        todo = needed(asked, table)
+        try:
+            run(todo, asked, arguments.jobs)
+        finally:
+            keep(todo)
+    records = runs.read_records(TABLE)
+    build(records)
+    README.write_text(with_tables(README.read_text(), records))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "maelab"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "names"),
     ("config", "model"),
-    ("native",),
-    ("recipes", "runs", "data", "weights"),
+    ("native", "recipes"),
+    ("runs", "data", "weights"),
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),

@@ -1,6 +1,7 @@
 """Weights by name: a finished run is shipped, and every command that takes a run takes its name."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 import torch
 from processes import draw_little, environment
 
-from maelab import cli, figures, load_model, pretrained, runs
+from maelab import cli, figures, load_model, pretrained, recipes, runs
 from maelab.errors import UsageError
-from maelab.pretrained import command, ship
+from maelab.pretrained import ship
 from maelab.runs import checkpoints
 from maelab.tasks import finetune, pretrain
 
@@ -87,18 +88,18 @@ def test_the_command_of_the_card_makes_the_same_config(tiny, monkeypatch):
     config = runs.read_json(tiny[0] / "config.json")
     seen = []
     monkeypatch.setattr(pretrain, "pretrain", lambda config, **_: seen.append(config) or (Path(), {}))
-    cli.main([word.strip("'") for word in command(config).split()][1:])
+    cli.main(shlex.split(runs.command(config))[1:])
     assert json.loads(json.dumps(vars(seen[0]))).items() <= config.items()
 
 
 def test_the_card_of_a_classifier(tmp_path):
-    config = {"task": "finetune", "recipe": "mnist", "seed": 3, "val_fraction": 0.05, "split_seed": 0}
+    config = json.loads(json.dumps(vars(recipes.finetune_mnist()))) | {"task": "finetune", "recipe": "mnist", "seed": 3}
     scores = {"val": {"accuracy": 0.98765}, "test": {"accuracy": 0.99123}}
     result = {"data": "mnist", "params": 1, "best_epoch": 5, "epochs": 6, "train_time_s": 60, **scores}
     checkpoint = {"arguments": {"img_size": [28, 28], "in_chans": 1}, "class_names": ("0", "1")}
     card = pretrained.card("x", config, {}, result, checkpoint, halved=False)
     assert "| accuracy on the test images, read once | 0.9912 |" in card and "epoch 5 of 6" in card
-    assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --seed 3`" in card
+    assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --init none --seed 3`" in card
 
 
 def test_the_card_names_the_run_begun_from_not_where_it_lay(tiny, tmp_path, monkeypatch):

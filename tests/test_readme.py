@@ -1,5 +1,6 @@
 """The README cannot rot: its library example runs, its commands exist, its tree matches the folder."""
 
+import base64
 import contextlib
 import importlib.util
 import io
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from run_folders import change, write
 
 import maelab
-from maelab import cli, recipes
-from maelab.runs import read_json
+from maelab import cli, figures, recipes, runs
 from maelab.runs.checkpoints import PRETRAINED
 
 ROOT = Path(__file__).parents[1]
@@ -100,54 +102,90 @@ def make():
     return module
 
 
-def test_the_results_table_is_that_of_the_kept_runs(make):
-    assert make.with_tables(README) == README, "run make results"
-    assert make.tables().count("\n") > 2
+@pytest.fixture
+def elsewhere(make, tmp_path, monkeypatch):
+    """The same, working in a folder of its own, with an empty table; what it calls in place of maelab does nothing."""
+    for name, place in {"WORK": "work", "TABLE": "runs.jsonl", "PICTURES": "pictures", "BUILD": "build"}.items():
+        monkeypatch.setattr(make, name, tmp_path / place)
+    runs.write_records(make.TABLE, {})
+    monkeypatch.setattr(make.sys, "executable", "/bin/true")
+    return make
 
 
-def test_of_a_sweep_half_done_the_finished_cells_are_kept_and_gone_on_from(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "WORK", tmp_path / "work")
-    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
-    cells = tmp_path / "work" / "sweep"
-    for name, complete in (("patch_size=14", True), ("patch_size=7", False)):
-        for task in ("pretrain", "finetune"):
-            (cells / name / task).mkdir(parents=True)
-            (cells / name / task / "config.json").write_text("{}")
-            (cells / name / task / "model.safetensors").write_text("")
-            if complete:
-                (cells / name / task / "result.json").write_text('{"val": {}}')
-    (cells / "sweep.json").write_text('{"complete": false, "cells": [{"settings": {"patch_size": "14"}}]}')
-    make.keep(["sweep"])
-    kept = {str(file.relative_to(tmp_path / "kept")) for file in (tmp_path / "kept").rglob("*") if file.is_file()}
-    done = {
-        f"sweep/patch_size=14/{task}/{file}.json" for task in ("pretrain", "finetune") for file in ("config", "result")
-    }
-    assert kept == {"sweep/sweep.json"} | done
-    whole = tmp_path / "kept" / "sweep" / "sweep.json"
-    half = whole.read_text()
-    whole.write_text('{"complete": true, "cells": []}')
-    make.keep(["sweep"])
-    assert make.read_json(whole)["complete"]  # half a sweep replaces no whole one
-    whole.write_text(half)
-    shutil.rmtree(tmp_path / "work")
-    monkeypatch.setattr(make.sys, "executable", "/bin/true")  # in place of maelab
-    make.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
-    assert (cells / "patch_size=14" / "finetune" / "result.json").is_file()
+def stand_in(make, monkeypatch, file: Path, script: str) -> None:
+    """A shell script in place of maelab: $1 is the whole command but its --out, which is $2."""
+    head = 'shift 2; words=; while [ "$1" != --out ]; do words="$words$1 "; shift; done; set -- "$words" "$2"\n'
+    file.write_text(f"#!/bin/sh\n{head}{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setattr(make.sys, "executable", str(file))
 
 
-def test_a_sweep_some_of_whose_cells_failed_is_done(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "WORK", tmp_path / "work")
-    monkeypatch.setattr(make, "KEPT", tmp_path / "kept")
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        '#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\n[ "$2" = "${2%sweep}" ] && exit 3\n'
-        'mkdir -p "$2" && echo \'{"complete": true}\' > "$2/sweep.json"\nexit 1\n'
-    )
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(make.sys, "executable", str(stand_in))
-    make.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
+def test_the_results_tables_are_those_of_the_kept_runs(make):
+    records = runs.read_records(make.TABLE)
+    assert make.with_tables(README, records) == README, "run make page"
+    assert make.tables(records).count("\n") > 30
+
+
+def test_the_pictures_that_are_kept_belong_to_kept_runs(make):
+    kept = {file.parent.relative_to(make.PICTURES).as_posix() for file in make.PICTURES.rglob("*.png")}
+    assert kept and kept <= runs.read_records(make.TABLE).keys()
+
+
+def test_of_a_sweep_half_done_the_complete_runs_are_kept_until_it_is_whole(elsewhere):
+    sweep = elsewhere.WORK / "sweep"
+    for cell, score in {"patch_size=14": 0.1, "patch_size=7": None}.items():
+        write(sweep / cell / "pretrain", "pretrain", "mnist", score)
+
+    def marked(complete: bool) -> None:
+        cells = [{"settings": {"patch_size": "14"}}]
+        runs.write_json(sweep / "sweep.json", {"complete": complete, "cells": cells})
+
+    marked(complete=False)
+    elsewhere.keep(["sweep", "never-begun"])
+    half = runs.read_records(elsewhere.TABLE)
+    assert half.keys() == {"sweep", "sweep/patch_size=14/pretrain"} and not half["sweep"]["sweep"]["complete"]
+    write(sweep / "patch_size=4" / "pretrain", "pretrain", "mnist", 0.2)
+    marked(complete=True)
+    elsewhere.keep(["sweep"])
+    whole = runs.read_records(elsewhere.TABLE)
+    assert whole.keys() == half.keys() | {"sweep/patch_size=4/pretrain"} and whole["sweep"]["sweep"]["complete"]
+    marked(complete=False)
+    elsewhere.keep(["sweep"])
+    assert runs.read_records(elsewhere.TABLE) == whole  # half a sweep replaces no whole one
+
+
+def test_a_run_that_is_kept_again_replaces_its_record_and_an_unfinished_one_does_not(elsewhere):
+    write(elsewhere.WORK / "a", "finetune", "mnist", 0.9)
+    write(elsewhere.WORK / "ab", "finetune", "mnist", 0.8)
+    elsewhere.keep(["a", "ab"])
+    run = elsewhere.WORK / "a"
+    change(run / "result.json", "test", "accuracy", value=0.95)
+    elsewhere.keep(["a"])
+    kept = runs.read_records(elsewhere.TABLE)
+    assert {name: record["result"]["test"]["accuracy"] for name, record in kept.items()} == {"a": 0.95, "ab": 0.8}
+    (run / "result.json").unlink()
+    elsewhere.keep(["a"])
+    assert runs.read_records(elsewhere.TABLE) == kept
+
+
+def test_each_command_is_called_after_that_of_the_run_it_begins_from(elsewhere, tmp_path, monkeypatch):
+    stand_in(elsewhere, monkeypatch, tmp_path / "python", f'echo "$1" >> {tmp_path}/called')
+    write(elsewhere.WORK / "b", "pretrain", "mnist", 0.1)  # complete or not: its command finds that out
+    todo = {"c": "finetune mnist --init @b", "b": "pretrain mnist", "d": "finetune mnist --init @c"}
+    elsewhere.run(todo, [*todo], jobs=1)
+    work = elsewhere.WORK
+    assert [line.rstrip() for line in (tmp_path / "called").read_text().splitlines()] == [
+        "pretrain mnist", f"finetune mnist --init {work / 'b'}", f"finetune mnist --init {work / 'c'}"
+    ]  # fmt: skip
+
+
+def test_a_sweep_some_of_whose_cells_failed_is_done(elsewhere, tmp_path, monkeypatch):
+    marker = 'mkdir -p "$2" && echo \'{"complete": true, "cells": []}\' > "$2/sweep.json"'
+    stand_in(elsewhere, monkeypatch, tmp_path / "python", f'case "$1" in sweep*) {marker}; exit 1;; *) exit 3;; esac')
+    elsewhere.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
     with pytest.raises(SystemExit, match="3"):
-        make.run({"other": "pretrain mnist"}, ["other"], jobs=1)
+        elsewhere.run({"other": "pretrain mnist", "next": "finetune mnist --init @other"}, ["next"], jobs=1)
+    assert not (elsewhere.WORK / "next").exists()
 
 
 def test_a_run_whose_weights_are_shipped_is_begun_from_without_training_it(make, tmp_path, monkeypatch):
@@ -159,12 +197,35 @@ def test_a_run_whose_weights_are_shipped_is_begun_from_without_training_it(make,
     shipped, _ = maelab.load_model("maelab:cifar10-mae")
     for name, weights in shipped.state_dict().items():
         assert torch.equal(model.state_dict()[name], weights), name
+    assert runs.record_of(tmp_path / "mae-cifar-long") == runs.read_records(make.TABLE)["mae-cifar-long"]
+    make.run(todo, ["best-cifar-s0"], jobs=1)  # it is there by now
     shutil.rmtree(tmp_path / "mae-cifar-long")
     with pytest.raises(SystemExit):
         make.run(todo, ["mae-cifar-long"], jobs=1)
 
 
 def test_shipped_weights_are_those_of_the_kept_run(make):
+    records = runs.read_records(make.TABLE)
     for run, name in make.SHIPPED.items():
         card = (PRETRAINED / name / "README.md").read_text()
-        assert json.dumps(read_json(make.KEPT / run / "config.json"), indent=1) in card
+        assert json.dumps(records[run]["config"], indent=1) in card
+
+
+def test_the_page_is_made_of_the_table_and_the_pictures_on_it_are_kept(elsewhere, monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 20)
+    for name, seed in {"mae-s0": 0, "mae-s1": 1}.items():  # one setting: the page shows the picture of its first seed
+        run = write(elsewhere.WORK / name, "pretrain", "mnist", 0.1, seed=seed)
+        picture = runs.figure_of(run, "reconstructions")
+        picture.parent.mkdir()
+        Image.new("RGB", (30, 20), (200, 10 * seed, 0)).save(picture)
+    elsewhere.keep(["mae-s0", "mae-s1"])
+    for _ in range(2):
+        elsewhere.build(runs.read_records(elsewhere.TABLE))
+        (kept,) = (file for file in elsewhere.PICTURES.rglob("*") if file.is_file())
+        assert kept == elsewhere.PICTURES / "mae-s0" / "reconstructions.png"
+        with Image.open(kept) as image:
+            assert image.convert("RGB").getcolors() == [(600, (200, 0, 0))]
+        page = (elsewhere.BUILD / "report.html").read_text()
+        assert base64.b64encode(kept.read_bytes()).decode() in page and any((elsewhere.BUILD / "figures").iterdir())
+        shutil.rmtree(elsewhere.WORK)  # the second time from the table and the kept pictures alone
+        elsewhere.WORK.mkdir()

@@ -6,14 +6,13 @@ python -m maelab.pretrained RUN NAME
 import hashlib
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
 
-from maelab import recipes, runs
+from maelab import runs
 from maelab.errors import UsageError
 from maelab.runs import checkpoints
 
@@ -104,7 +103,7 @@ def card(
     {load}
 
 - Data: {result["data"]}; {json.dumps(env.get("data_md5", {}))} (MD5)
-- Command: `{command(config)}`
+- Command: `{runs.command(config)}`
 - Recipe {config["recipe"]}, seed {config["seed"]}, epoch {result["best_epoch"]} of {result["epochs"]}, the best on
   validation; {result["train_time_s"]:.0f} s, {env.get("hardware", "unknown hardware")}, {env.get("cpu", "unknown CPU")}
 - maelab {env.get("maelab")} (commit {env.get("git_commit")}), torch {env.get("torch")}, Python {env.get("python")}
@@ -125,19 +124,3 @@ The whole config:
 {json.dumps(config, indent=1)}
 ```
 """
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command that makes a run of this config.json: its recipe, and a flag for each field that differs."""
-    task, recipe = config["task"], config["recipe"]
-    recipe = recipe if recipe in recipes.names(task) else "mnist"
-    usual = json.loads(json.dumps(vars(recipes.get(task, recipe))))
-    words = ["maelab", task, recipe]
-    for name, value in usual.items():
-        given, flag = config.get(name, value), name.replace("_", "-")
-        if given != value:
-            if isinstance(given, bool):
-                words.append(f"--{flag}" if given else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, given if isinstance(given, list) else [given])]
-    return shlex.join(words)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from maelab.errors import RunError, UsageError
 from maelab.names import visible
 from maelab.report.groups import command, load, sweep_command
-from maelab.report.pieces import Better, Material
+from maelab.report.pieces import Better, Figure, Material
 from maelab.report.sections import sections
 from maelab.runs import write_atomically
 
@@ -26,8 +26,8 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         figures: folder for the drawings as PNG; None keeps them in the page alone.
 
     Returns:
-        {"report", "runs", "unfinished", "damaged", "figures"}: the file, how many runs it shows, names of those that
-        are unfinished and of those that were left out, and the PNG files.
+        {"report", "runs", "unfinished", "damaged", "figures", "pictures"}: the file, how many runs it shows, names of
+        those that are unfinished and of those that were left out, the PNG files, and the runs' pictures on it.
 
     Raises:
         UsageError: if a folder does not exist or holds no run, or `out` is a folder.
@@ -80,4 +80,12 @@ def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -
         "unfinished": [run.name for run in runs if not run.result],
         "damaged": [name for name, _ in problems],
         "figures": [str(figures / file.name) for file in drawings] if figures is not None else [],
+        "pictures": [
+            str(image.file)
+            for section in parts
+            for block in section.blocks
+            if isinstance(block, Figure)
+            for image in block.images
+            if image.file
+        ],
     }

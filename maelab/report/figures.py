@@ -16,6 +16,7 @@ from maelab.errors import RunError
 from maelab.figures import panels, save_figure
 from maelab.names import short
 from maelab.report.groups import Group, mean_sd, number
+from maelab.runs import figure_of
 
 COLOURS = ("#2f7ed8", "#e07b1a", "#2e9e6b", "#a05cc5", "#d1495b", "#1a9fb0", "#a0763a", "#8a8f98")
 STYLE: dict[Any, Any] = {
@@ -77,7 +78,7 @@ def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label:
         file: PNG to write.
         groups: one colour each.
         split: train or val.
-        quantity: of metrics.jsonl.
+        quantity: of the metrics.
         label: title of the panel.
     """
     figure, [[ax]] = panels(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
@@ -161,12 +162,12 @@ def fractions(file: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], 
 
 
 def picture(folder: Path, name: str) -> bytes | None:
-    """A PNG of a run folder, scaled down if it is large; None where there is none.
+    """A figure of a run folder, scaled down if it is large; None where there is none.
 
     Raises:
         RunError: if it lies outside of the folder, is no PNG, or is too large to read.
     """
-    file = folder / "figures" / name
+    file = figure_of(folder, name)
     if not file.is_file():
         return None
     if not file.resolve().is_relative_to(folder.resolve()):

@@ -1,12 +1,8 @@
 """Run folders as data: what each run was, which differ only in their seed, and which may be compared."""
 
-import contextlib
 import dataclasses
-import functools
-import io
 import json
 import math
-import os
 import re
 import statistics
 from collections import Counter
@@ -15,19 +11,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maelab import recipes
-from maelab.config import Augment, FinetuneConfig, ProbeConfig
+from maelab.config import Augment, FinetuneConfig
 from maelab.errors import RunError, UsageError
-from maelab.names import shell_word
-from maelab.runs import CONFIGS, config_of, environment_of, find_runs, is_complete, read_json, read_metrics, result_of
+from maelab.runs import (
+    CONFIGS,
+    commands,
+    config_of,
+    environment_of,
+    find_sweeps,
+    is_complete,
+    read_metrics,
+    result_of,
+    run_folders,
+    run_of,
+    sweep_of,
+)
+from maelab.runs.commands import ENCODER, flag, line, nearest_recipe
 
 MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
 BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
 AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
 ADAPTED = {"adapt_patch_embed": "patch embedding", "adapt_pos_embed": "position embedding"}
-GENERIC = {"pretrain", "finetune", "probe", "best", "last", "checkpoints"}  # folder names that many runs share
+GENERIC = {"pretrain", "finetune", "probe"}  # folder names that many runs share
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Run:
         folder: where it lies.
         config: with the defaults of its task filled in, and the precision that was taken where it asks for "auto".
         asked_precision: what the config says itself.
-        env: env.json. metrics: rows of metrics.jsonl. result: result.json, {} of an unfinished run.
+        env: versions, hardware and checksums. metrics: its rows. result: what it came to, {} of an unfinished run.
         in_sweep: whether it is part of a sweep.
         origin: the run that `init` names, where it was given.
     """
@@ -90,7 +96,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder with sweep.json: the cells (settings, judgements or error) and the runs below it."""
+    """A sweep: its cells (settings, judgements or error) and the runs below it."""
 
     name: str
     folder: Path
@@ -124,20 +130,19 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
     sweeps: dict[Path, str] = {}
     problems: list[tuple[str, str]] = []
     for given in folders:
-        with contextlib.redirect_stderr(io.StringIO()):  # what is damaged is said below, and on the page
-            names = {run.resolve(): _shown(run, given) for run in find_runs(given)}
-        for place, _, files in os.walk(given):
-            if "sweep.json" in files:
-                sweeps.setdefault(Path(place).resolve(), _shown(Path(place), given))
-            if "config.json" in files and "checkpoints" not in Path(place).parts:
-                try:
-                    config_of(Path(place))
-                except RunError as error:
-                    problems.append((_shown(Path(place), given), str(error)))
-                    names.setdefault(Path(place).resolve(), "")
-        if not names:
-            raise UsageError(f"{given} holds no run folder (looked for config.json, at any depth)")
-        found = {path: name for path, name in names.items() if name} | found
+        names: dict[Path, str] = {}
+        before = len(problems)
+        for place in run_folders(given):
+            try:
+                if "task" in config_of(place):
+                    names[place.resolve()] = _shown(place, given)
+            except (RunError, OSError) as error:
+                problems.append((_shown(place, given), str(error)))
+        if not names and len(problems) == before:
+            raise UsageError(f"{given} holds no run folder, at any depth")
+        for place in find_sweeps(given):
+            sweeps.setdefault(place.resolve(), _shown(place, given))
+        found = names | found
     runs = []
     order = sorted(found, key=lambda path: any(sweep in path.parents for sweep in sweeps))  # stable
     for path in order:
@@ -149,12 +154,7 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
     grids = []
     for path, name in sweeps.items():
         try:
-            content = read_json(path / "sweep.json")
-            cells = content.get("cells")
-            if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
-                raise RunError(f"{path / 'sweep.json'} is damaged: it lists no cells")
-            if not all(isinstance(cell.get("settings"), dict) for cell in cells):
-                raise RunError(f"{path / 'sweep.json'} is damaged: a cell has no settings")
+            content = sweep_of(path)
             grids.append(Sweep(name, path, content, tuple(run for run in runs if path in run.folder.parents)))
         except (RunError, OSError) as error:
             problems.append((name, str(error)))
@@ -170,7 +170,7 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
     config = config_of(folder)
     kind = CONFIGS.get(str(config.get("task")))
     if kind is None or not isinstance(config.get("data"), str):
-        raise RunError(f"{folder / 'config.json'} is damaged: it names no known task and data")
+        raise RunError(f"the config of {folder} is damaged: it names no known task and data")
     usual = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     config = {"recipe": "custom", "init": "none", **usual, **config}
     for key, value in {**usual, "recipe": "", "init": ""}.items():
@@ -180,10 +180,10 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
         else:  # a number, or None for one or several
             fits = number(config, key) is not None or (value is None and (given is None or isinstance(given, list)))
         if not fits:
-            raise RunError(f"{folder / 'config.json'} is damaged: {key} is {given!r}")
+            raise RunError(f"the config of {folder} is damaged: {key} is {given!r}")
     result = result_of(folder) if is_complete(folder) else {}
     if is_complete(folder) and number(result, *MEASURE[config["task"]]) is None:
-        raise RunError(f"{folder / 'result.json'} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
+        raise RunError(f"the result of {folder} is damaged: it holds no {'.'.join(MEASURE[config['task']])}")
     env, asked = environment_of(folder), config.get("precision", "auto")
     taken = re.search(r"\b(fp32|bf16)\b", str(env.get("hardware"))) if asked == "auto" else None
     if taken:
@@ -201,7 +201,7 @@ def _origin(run: Run, runs: Iterable[Run]) -> Run | None:
     init = run.config.get("init", "none")
     if init == "none":
         return None
-    parts = [part for part in Path(init).parts if part not in ("checkpoints", "best", "last")]
+    parts = run_of(init).parts
     scores: dict[int, list[Run]] = {}
     for other in runs:
         if other is run or other.task == "probe":
@@ -264,7 +264,7 @@ def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[G
 def _named(groups: list[list[Run]]) -> list[Group]:
     configs = [group[0].config for group in groups]
     varying = _differing(configs)
-    recipe, usual = nearest_recipe(groups[0][0]) if groups[0][0].task != "probe" else ("", {})
+    recipe, usual = nearest_recipe(groups[0][0].config) if groups[0][0].task != "probe" else ("", {})
     names = []
     for run in (group[0] for group in groups):
         few = run.task == "pretrain" and len(varying) < 3  # then each value is said, the recipe's own too
@@ -325,12 +325,12 @@ def mean_sd(values: Iterable[float | None]) -> tuple[float, float | None, int] |
 
 
 def measured(group: Group, *path: str) -> tuple[float, float | None, int] | None:
-    """mean_sd of a number of result.json over the finished runs."""
+    """mean_sd of a number of the results over the finished runs."""
     return mean_sd(number(run.result, *path) for run in group.done)
 
 
 def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float, float | None, int] | None:
-    """mean_sd of a number of metrics.jsonl after an epoch, over the finished runs."""
+    """mean_sd of a number of the metrics after an epoch, over the finished runs."""
     return mean_sd(
         number(row, quantity)
         for run in group.done
@@ -339,40 +339,9 @@ def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float
     )
 
 
-@functools.cache
-def _recipes(task: str) -> dict[str, dict[str, Any]]:
-    names = [name for name in recipes.names(task) if name != "folder"]  # that one depends on the images
-    return {name: json.loads(json.dumps(dataclasses.asdict(recipes.get(task, name)))) for name in names}
-
-
-def nearest_recipe(run: Run) -> tuple[str, dict[str, Any]]:
-    """The run's recipe, or, where it has another name (a sweep's cell, a library's), the one that is most like it."""
-    known = _recipes(run.task)
-    name = run.config["recipe"]
-    if name not in known:
-        name = min(known, key=lambda n: sum(run.config.get(k) != v for k, v in known[n].items()))
-    return name, known[name]
-
-
 def command(run: Run) -> str:
     """The command that makes the run again, from its config."""
-    init = run.origin.name if run.origin else run.config.get("init", "none")
-    if run.task == "probe":
-        words = ["maelab", "probe", init]
-        base = {f.name: f.default for f in dataclasses.fields(ProbeConfig)} | {"init": run.config["init"]}
-    else:
-        name, base = nearest_recipe(run)
-        words = ["maelab", run.task, name]
-        if run.task == "finetune":
-            words += ["--init", init]
-            base = base | {"init": run.config["init"]}
-            if init != "none":  # these come with the weights
-                base = base | {k: run.config[k] for k in ENCODER}
-    fields = [f.name for f in dataclasses.fields(CONFIGS[run.task])]
-    words += [w for k in fields if k in base and run.asked[k] != base[k] for w in _flag(k, run.asked[k])]
-    if "--seed" not in words:
-        words += ["--seed", str(run.config["seed"])]
-    return " ".join(map(shell_word, [*words, "--out", run.name]))
+    return commands.command(run.asked, init=run.origin.name if run.origin else None, out=run.name)
 
 
 def sweep_command(sweep: Sweep) -> str:
@@ -384,16 +353,9 @@ def sweep_command(sweep: Sweep) -> str:
     finetune = next((run for run in sweep.runs if run.task == "finetune"), None)
     recipe = "RECIPE"
     if pretrain:
-        recipe, base = nearest_recipe(pretrain)
+        recipe, base = nearest_recipe(pretrain.config)
         changed = [k for k, v in base.items() if k not in grid and pretrain.asked[k] != v]
-        words += [word for k in changed for word in _flag(k, pretrain.asked[k])]
+        words += [word for k in changed for word in flag(k, pretrain.asked[k])]
     if finetune:
         words += ["--finetune-epochs", str(finetune.config["epochs"])]
-    return " ".join(map(shell_word, ["maelab", "sweep", recipe, *words, "--out", sweep.name]))
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return line(["maelab", "sweep", recipe, *words, "--out", sweep.name])

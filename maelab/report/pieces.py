@@ -23,6 +23,7 @@ from maelab.report.groups import (
     phrase,
     start_label,
 )
+from maelab.runs import figure_of
 
 Statistic = tuple[float, float | None, int] | None
 MINUS = "\N{MINUS SIGN}"
@@ -58,12 +59,14 @@ def filled(table: Table) -> Table:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture as data, for light and, where it was drawn here, for dark paper; `caption` where it is one of many."""
+    """A picture as data, for light and, where it was drawn here, for dark paper; `caption` where it is one of many, and
+    `file` where it is one of a run."""
 
     alt: str
     light: str
     dark: str = ""
     caption: str = ""
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def found(material: Material, run: Run, name: str, alt: str) -> Image | None:
     except (RunError, OSError) as error:
         material.note(run.name, str(error))
         return None
-    return Image(alt, data_uri(content)) if content else None
+    return Image(alt, data_uri(content), file=figure_of(run.folder, name)) if content else None
 
 
 def slug(*words: object) -> str:

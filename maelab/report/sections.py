@@ -154,7 +154,7 @@ def machines(done: Sequence[Run]) -> list[Table]:
         commits = dict.fromkeys(str(run.env.get("git_commit") or NONE) for run in runs)
         rows.append([*key, ", ".join(commits), tuple(run.number for run in runs)])
     head = (*fields, "commits", "runs")
-    caption = "Hardware and versions, from each run's env.json."
+    caption = "Hardware and versions, as each run recorded them."
     return [filled(Table(caption, head, rows, frozenset(range(8))))] if rows else []
 
 
@@ -303,7 +303,7 @@ def reconstructions(material: Material) -> Section | None:
         alt = (
             f"original, masked and rebuilt images, row by row: patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}"
         )
-        if image := found(material, run, "reconstructions.png", alt):
+        if image := found(material, run, "reconstructions", alt):
             error = show(mean_sd([number(run.result, "val", "masked_mse")]))
             count = "" if (hidden := hidden_patches(run)) == NONE else f" ({hidden} patches hidden)"
             caption = (
@@ -328,7 +328,7 @@ def predictions(material: Material) -> Section | None:
     for (data, start), group in best_classifiers(material).items():
         run = group.done[0]
         where = f"{title(data)}, {start}{extra(group)}, seed {run.config['seed']}"
-        gallery = found(material, run, "predictions.png", "test images with the predicted class and its probability")
+        gallery = found(material, run, "predictions", "test images with the predicted class and its probability")
         if gallery:
             caption = (
                 f"{where}: test images with the predicted class and its probability. Wrong ones, in red with their"
@@ -346,7 +346,7 @@ def predictions(material: Material) -> Section | None:
             rows = [[label, show(value)] for label, value in recall.items()]
             text = f"{title(data)}, {start}{extra(group)}: share of each class's test images that is recognised."
             blocks.append(Table(text, ("class", "accuracy"), rows, commands=commands(group.done)))
-        elif image := found(material, run, "confusion.png", "confusion matrix: rows are true classes"):
+        elif image := found(material, run, "confusion", "confusion matrix: rows are true classes"):
             blocks.append(figure(f"{where}: test images by true and predicted class.", [image], [run], narrow=True))
     return Section("predictions", "What the classifiers say", [], blocks) if blocks else None
 

@@ -7,8 +7,10 @@ from maelab.runs.checkpoints import (
     last_commit,
     locate,
     read_checkpoint,
+    run_of,
     settle,
 )
+from maelab.runs.commands import command
 from maelab.runs.ensure import (
     CONFIGS,
     HoldsAnother,
@@ -25,21 +27,38 @@ from maelab.runs.ensure import (
     result_of,
 )
 from maelab.runs.files import as_json, parse_json, read_json, sha256, write_atomically, write_json
-from maelab.runs.listing import as_text, find_runs, known_field, read_metrics, select, summaries, summary
+from maelab.runs.folder import figure_of
+from maelab.runs.listing import (
+    as_text,
+    find_runs,
+    find_sweeps,
+    known_field,
+    read_metrics,
+    run_folders,
+    select,
+    summaries,
+    summary,
+    sweep_of,
+)
+from maelab.runs.records import Record, read_records, record_of, records_under, restore, write_records
 
 __all__ = [
     "CONFIGS",
     "Checkpoint",
     "HoldsAnother",
+    "Record",
     "Run",
     "as_json",
     "as_text",
     "check_out",
+    "command",
     "commit",
     "config_of",
     "environment_of",
+    "figure_of",
     "find_checkpoint",
     "find_runs",
+    "find_sweeps",
     "is_complete",
     "is_run",
     "known_field",
@@ -52,13 +71,21 @@ __all__ = [
     "read_checkpoint",
     "read_json",
     "read_metrics",
+    "read_records",
+    "record_of",
+    "records_under",
     "replace_collection",
+    "restore",
     "result_of",
+    "run_folders",
+    "run_of",
     "select",
     "settle",
     "sha256",
     "summaries",
     "summary",
+    "sweep_of",
     "write_atomically",
     "write_json",
+    "write_records",
 ]

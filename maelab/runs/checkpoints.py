@@ -44,6 +44,14 @@ def checkpoints(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def run_of(path: str | Path) -> Path:
+    """The run folder that a path means which leads to it, or to one of its checkpoints. The path need not exist."""
+    path = Path(path)
+    if path.name in ("best", "last") and path.parent.name == "checkpoints":
+        path = path.parent
+    return path.parent if path.name == "checkpoints" else path
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 

@@ -16,6 +16,7 @@ from maelab.runs import folder as folders
 from maelab.runs.checkpoints import COMMIT, checkpoints, gone, settle
 from maelab.runs.files import read_json, write_atomically, write_json
 
+CONFIG, ENVIRONMENT, RESULT = "config.json", "env.json", "result.json"
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
 _SHARED = {field.name for kind in (DataConfig, LoopConfig) for field in dataclasses.fields(kind)}
 INPUTS = {  # of env.json, what a run begins from beside its config -> what to say where it has changed
@@ -57,9 +58,8 @@ class Run:
         Raises:
             RunError: if the folder has gone.
         """
-        assert name in folders.FIGURES
         self.check()
-        return self.folder / "figures" / f"{name}.png"
+        return folders.figure_of(self.folder, name)
 
     def check(self) -> None:
         """Raise RunError if somebody removed the folder."""
@@ -69,27 +69,27 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, which makes the run complete: it must come last."""
         self.check()
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT, result)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the run finished: its result is written last."""
-    return (folder / "result.json").is_file()
+    return (folder / RESULT).is_file()
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The whole config of a run, with its task and recipe; {} where there is none. Raises RunError if damaged."""
-    return read_json(folder / "config.json")
+    return read_json(folder / CONFIG)
 
 
 def result_of(folder: Path) -> dict[str, Any]:
     """The result of a run, {} of an unfinished one. Raises RunError if damaged."""
-    return read_json(folder / "result.json")
+    return read_json(folder / RESULT)
 
 
 def environment_of(folder: Path) -> dict[str, Any]:
     """Versions, hardware and checksums of a run; {} where there are none. Raises RunError if damaged."""
-    return read_json(folder / "env.json")
+    return read_json(folder / ENVIRONMENT)
 
 
 def listing_of(folder: Path) -> bytes:
@@ -266,8 +266,8 @@ def _claimed(folder: Path, wanted: dict[str, Any], environment: Mapping[str, Any
                 folders.refuse_foreign(folder, folders.RUN)
                 folders.remove(folder, folders.RUN)
                 notes = []
-            write_json(folder / "config.json", wanted)
-            write_json(folder / "env.json", environment)
+            write_json(folder / CONFIG, wanted)
+            write_json(folder / ENVIRONMENT, environment)
             yield Run(folder, {}, tuple(notes))
         finally:
             kept = is_complete(folder) or (checkpoints(folder) / COMMIT).exists()

@@ -33,6 +33,12 @@ RUN = (
 KEPT = ("wandb",)
 
 
+def figure_of(folder: Path, name: str) -> Path:
+    """Where a figure of a run lies, whether it is there or not; `name` is one of `FIGURES`."""
+    assert name in FIGURES
+    return folder / "figures" / f"{name}.png"
+
+
 def _known(path: str, patterns: tuple[str, ...]) -> bool:
     """Whether a file of this relative name may be maelab's: one of the names, or such a name while it was written."""
     *above, name = path.split("/")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from maelab.errors import RunError, UsageError
-from maelab.runs.ensure import config_of, is_complete, result_of
-from maelab.runs.files import parse_json
+from maelab.runs.ensure import CONFIG, config_of, is_complete, result_of
+from maelab.runs.files import parse_json, read_json
 
-METRICS = "metrics.jsonl"
+METRICS, SWEEP = "metrics.jsonl", "sweep.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -37,16 +37,56 @@ def find_runs(folder: str | Path) -> list[Path]:
     Raises:
         UsageError: if there is no such folder.
     """
+    found = []
+    for run in run_folders(folder):
+        with _reported():
+            if "task" in config_of(run):
+                found.append(run)
+    return found
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """As `find_runs`, and every other folder with a config.json, which may be damaged or somebody else's."""
+    found = _holding(CONFIG, folder)
+    return sorted(found, key=lambda run: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", str(run))])
+
+
+def find_sweeps(folder: str | Path) -> list[Path]:
+    """Every sweep at or under `folder`, as the system lists them. Links to folders are not followed.
+
+    Raises:
+        UsageError: if there is no such folder.
+    """
+    return _holding(SWEEP, folder)
+
+
+def sweep_of(folder: Path) -> dict[str, Any]:
+    """What a sweep says of itself: "complete", "best", "lowest_masked_mse", "cells"; {} where there is none.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    if not (folder / SWEEP).is_file():
+        return {}
+    content = read_json(folder / SWEEP)
+    cells = content.get("cells")
+    if not isinstance(cells, list):
+        raise RunError(f"{folder / SWEEP} is damaged: it lists no cells")
+    if not all(isinstance(cell, dict) and isinstance(cell.get("settings"), dict) for cell in cells):
+        raise RunError(f"{folder / SWEEP} is damaged: a cell has no settings")
+    return content
+
+
+def _holding(name: str, folder: str | Path) -> list[Path]:
+    """The folders at or under this one that hold a file of that name, those of checkpoints left out."""
     if not Path(folder).is_dir():
         raise UsageError(f"there is no folder {folder}")
     found = []
-    for name, inside, files in os.walk(folder):
+    for place, inside, files in os.walk(folder):
         inside[:] = [other for other in inside if other != "checkpoints"]
-        if "config.json" in files:
-            with _reported():
-                if "task" in config_of(Path(name)):
-                    found.append(Path(name))
-    return sorted(found, key=lambda run: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", str(run))])
+        if name in files:
+            found.append(Path(place))
+    return found
 
 
 def summary(run: Path) -> dict[str, Any]:
