@@ -227,8 +227,8 @@ def run(todo: dict[str, str], asked: Collection[str], jobs: int) -> None:
             time.sleep(0.1)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    failed = process.returncode and not runs.sweep_of(WORK / name).get("complete")
-                    status = status or (process.returncode if failed else 0)
+                    some_cells = process.returncode == 1 and runs.sweep_of(WORK / name).get("complete")
+                    status = status or (0 if some_cells else process.returncode)
                     done.add(name)
                     del running[name]
     except KeyboardInterrupt:

@@ -157,6 +157,42 @@ def test_confusion_colours_rows_by_share_and_its_text_can_be_read(tmp_path):
     assert (columns > middle).mean() > 0.9  # both rows were mostly taken for b
 
 
+def written(figure: figures.Figure) -> dict[str, tuple[str, str]]:
+    """Text in a table that is drawn -> (its row, its column), by the names at the sides."""
+    ax = figure.axes[0]
+    rows, columns = ([label.get_text() for label in axis.get_ticklabels()] for axis in (ax.yaxis, ax.xaxis))
+    places = ((text.get_text(), text.get_position()) for text in ax.texts)
+    return {text: (rows[round(y)], columns[round(x)]) for text, (x, y) in places}
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list[figures.Figure]:
+    """The figures that are drawn in the test."""
+    seen: list[figures.Figure] = []
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "DPI", 20)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: (seen.append(figure), save(figure, file))[1])
+    return seen
+
+
+def test_the_rows_of_a_confusion_matrix_are_the_true_classes(tmp_path, saved):
+    figures.confusion(tmp_path / "c.png", [[6, 4, 0], [1, 6, 1], [2, 0, 6]], ["a", "b", "c"])
+    shown = written(saved[0])
+    assert shown == {
+        "60.0%": ("a", "a"), "4": ("a", "b"), "1": ("b", "c"), "2": ("c", "a"), "75.0%": ("c", "c"),
+    }  # fmt: skip
+    ax = saved[0].axes[0]
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("true", "predicted")
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.6, 0.4, 0], [0.125, 0.75, 0.125], [0.25, 0, 0.75]])
+
+
+def test_a_heat_map_has_the_first_setting_down_and_the_second_across(tmp_path, saved):
+    values = {(2, 0.5): 0.1, (2, 0.7): 0.2, (2, 0.9): 0.3, (4, 0.5): 0.4, (4, 0.7): 0.5, (4, 0.9): 0.6}
+    figures.heat_map(tmp_path / "h.png", values, ("patch_size", "mask_ratio"), "k-NN")
+    assert written(saved[0]) == {f"{v:.4f}": (str(row), str(column)) for (row, column), v in values.items()}
+    assert (saved[0].axes[0].get_ylabel(), saved[0].axes[0].get_xlabel()) == ("patch size", "mask ratio")
+
+
 @pytest.mark.parametrize("n", [2, 10, 21, 60])
 def test_confusion_of_any_number_of_classes(tmp_path, n):
     counts = np.eye(n, dtype=int) * 5

@@ -96,8 +96,9 @@ def unit(name: str) -> str:
     return name.split(".")[1] if "." in name else "__init__"
 
 
-def loaded(name: str, files: Files) -> dict[str, str]:
-    """What importing module `name` loads: dotted name -> 'module:line' that asks for it, through all of maelab."""
+def loaded(name: str, known: dict[str, list[Import]]) -> dict[str, str]:
+    """What importing module `name` loads: dotted name -> 'module:line' that asks for it, through all of maelab, whose
+    modules' imports are `known`."""
     found: dict[str, str] = {}
     todo = [(name, "")]
     while todo:
@@ -107,14 +108,13 @@ def loaded(name: str, files: Files) -> dict[str, str]:
         found[module] = by
         parents = module.split(".")[:-1]
         todo += [(".".join(parents[:i]), by) for i in range(1, len(parents) + 1)]  # their __init__ runs first
-        if module in files:
-            todo += [(i.name, f"{module}:{i.line}") for i in imports(module, files) if i.when == "start"]
+        todo += [(i.name, f"{module}:{i.line}") for i in known.get(module, ()) if i.when == "start"]
     return found
 
 
 def violations(files: Files) -> list[str]:
     """Everything in `files` that breaks a rule, one line each."""
-    problems = []
+    problems, known = [], {name: list(imports(name, files)) for name in files}
     for name in files:
         here = unit(name)
         if here not in LAYER:
@@ -122,7 +122,7 @@ def violations(files: Files) -> list[str]:
                 f"{name} is not in the table: add {here!r} to LAYERS in {Path(__file__).name}, at its layer"
             )
             continue
-        for target, when, line in imports(name, files):
+        for target, when, line in known[name]:
             top, place = target.split(".")[0], f"{name}:{line}"
             if top == "maelab":
                 there = unit(target)
@@ -146,7 +146,7 @@ def violations(files: Files) -> list[str]:
                 problems.append(f"{place} imports {target}: import it inside the command, so that --help is fast")
     for name in files:
         forbidden = {"torch"} if unit(name) in NO_TORCH else HEAVY if unit(name) == "cli" else set()
-        for module, by in loaded(name, files).items():
+        for module, by in loaded(name, known).items():
             if module in forbidden:
                 problems.append(f"importing {name} loads {module}, by {by}: import it inside a function")
     return list(dict.fromkeys(problems))

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import note_drawings
 from PIL import Image
 from run_folders import change, write
 
 import maelab
-from maelab import cli, figures, recipes, runs
+from maelab import cli, recipes, runs
 from maelab.runs.checkpoints import PRETRAINED
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +185,11 @@ def test_a_sweep_some_of_whose_cells_failed_is_done(elsewhere, tmp_path, monkeyp
     stand_in(elsewhere, monkeypatch, tmp_path / "python", f'case "$1" in sweep*) {marker}; exit 1;; *) exit 3;; esac')
     elsewhere.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
     with pytest.raises(SystemExit, match="3"):
+        elsewhere.run({"other": "pretrain mnist"}, ["other"], jobs=1)
+    stand_in(elsewhere, monkeypatch, tmp_path / "python", "exit 2")  # refused, e.g. because it is another sweep
+    with pytest.raises(SystemExit, match="2"):
+        elsewhere.run({"sweep": "sweep mnist"}, ["sweep"], jobs=1)
+    with pytest.raises(SystemExit, match="2"):
         elsewhere.run({"other": "pretrain mnist", "next": "finetune mnist --init @other"}, ["next"], jobs=1)
     assert not (elsewhere.WORK / "next").exists()
 
@@ -212,7 +218,7 @@ def test_shipped_weights_are_those_of_the_kept_run(make):
 
 
 def test_the_page_is_made_of_the_table_and_the_pictures_on_it_are_kept(elsewhere, monkeypatch):
-    monkeypatch.setattr(figures, "DPI", 20)
+    note_drawings(monkeypatch)
     for name, seed in {"mae-s0": 0, "mae-s1": 1}.items():  # one setting: the page shows the picture of its first seed
         run = write(elsewhere.WORK / name, "pretrain", "mnist", 0.1, seed=seed)
         picture = runs.figure_of(run, "reconstructions")

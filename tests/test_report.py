@@ -4,14 +4,12 @@ import dataclasses
 import json
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import zlib
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from pages import Drawing, note_drawings, page
+from run_folders import PNG, change, write
 
 from maelab import figures, recipes
 from maelab.cli import _parse  # the very parser that a user's command meets
@@ -20,64 +18,11 @@ from maelab.errors import RunError, UsageError
 from maelab.report import report
 from maelab.report.groups import command, families, load
 
-PIXEL = b"".join(
-    struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    for kind, body in (
-        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0\0")),
-        (b"IEND", b""),
-    )
-)
-PNG = b"\x89PNG\r\n\x1a\n" + PIXEL
-
 
 @pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    monkeypatch.setattr(figures, "DPI", 20)
-
-
-def write(folder: Path, task: str, data: str, accuracy: float | None, **fields) -> Path:
-    """A run folder; `accuracy` of test, or the masked MSE of validation; None leaves the run unfinished."""
-    config = dataclasses.asdict(recipes.get(task, data)) | {"task": task, "recipe": data, "epochs": 2} | fields
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "env.json").write_text(json.dumps({"hardware": "cpu, bf16", "torch": "2.13.0", "python": "3.11.7"}))
-    quantity = "masked_mse" if task == "pretrain" else "accuracy"
-    rows = [{"epoch": e, "split": s, "loss": 1.0 / e, quantity: 0.5} for e in (1, 2) for s in ("train", "val")]
-    if task == "pretrain":
-        rows = [row | {"knn_accuracy": 0.75} if row["split"] == "val" else row for row in rows]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if accuracy is not None:
-        scores = {"val": {quantity: accuracy}, "train": {quantity: 0.9}, "params": 673834, "train_time_s": 61.0}
-        if task == "finetune":
-            counts = {"confusion": [[3, 1], [0, 4]], "per_class": {"a": 0.75, "b": 1.0}}
-            scores["test"] = {"accuracy": accuracy, **counts}
-        (folder / "result.json").write_text(json.dumps({"task": task, "data": config["data"], **scores}))
-    return folder
-
-
-class _Text(HTMLParser):
-    """Visible text, and every address that the page names."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.feed(page)
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-
-
-def page(folder: Path, out: Path) -> _Text:
-    report([folder], out=out)
-    return _Text(out.read_text())
+def drawings(monkeypatch) -> list[Drawing]:
+    """What the pages would show in pictures. A page is drawn for the command below, in a process of its own."""
+    return note_drawings(monkeypatch)
 
 
 @pytest.fixture
@@ -234,16 +179,27 @@ def test_sweeps_show_both_rankings(tmp_path):
     assert "4 0.5 25 of 49 0.3000 0.9700 1 2" in page(folder, tmp_path / "page.html").text
 
 
-def test_names_cannot_break_the_page(tmp_path):
-    evil = "<img src=x onerror=alert(1)> $\\frac"
-    run = write(tmp_path / "r" / evil, "finetune", "mnist", 0.9, init='"><script>alert(2)</script>')
-    result = json.loads((run / "result.json").read_text())
-    result["test"]["per_class"] = {"<b>a$^": 0.75, "</td>": 1.0}
-    (run / "result.json").write_text(json.dumps(result))
-    shown = page(tmp_path / "r", tmp_path / "page.html")
-    assert "script" not in shown.tags and "b" not in shown.tags
+def test_names_cannot_break_the_page(drawings, tmp_path, monkeypatch):
+    evil, folder = "<img src=x onerror=alert(1)> $\\frac", tmp_path / "r"
+    for name, fields in {
+        evil: {"init": '"><script>alert(2)</script> $\\frac'},
+        "scratch": {},
+        "few": {"init": '"><script>alert(2)</script> $\\frac', "label_fraction": 0.1},
+    }.items():
+        run = write(folder / name, "finetune", "mnist", 0.9, **fields)
+        change(run / "result.json", "test", "per_class", value={"<b>a$^": 0.75, "</td>": 1.0})
+    cells = [{"settings": {"<i>$_": "</td>$^{", "b": f"{n}"}, "masked_mse": n, "error": "<u>"} for n in (1, 2)]
+    cell = write(folder / "sweep" / "<s>=$_,b=1" / "pretrain", "pretrain", "mnist", 0.3, **cells[0]["settings"])
+    (folder / "sweep" / "sweep.json").write_text(json.dumps({"complete": True, "cells": cells}))
+    shown = page(folder, tmp_path / "page.html")
+    assert not {"script", "b", "i", "u", "s"} & {*shown.tags}
     assert all(a.startswith(("data:image/png;base64,", "#")) for a in shown.addresses)
-    assert evil in shown.text and "<b>a$^" in shown.text
+    assert all(text in shown.text for text in (evil, "<b>a$^", "</td>$^{", "<u>", cell.parent.name))
+    monkeypatch.setattr(figures, "DPI", 20)
+    kinds = {drawing.how: drawing for drawing in drawings}
+    assert {how.__name__ for how in kinds} == {"dots", "fractions", "curve", "heat_map", "confusion"}
+    for how, drawing in kinds.items():
+        how(tmp_path / "picture.png", *drawing.arguments)
 
 
 def test_damaged_folders_are_named_and_skipped(runs, tmp_path, capsys):
@@ -257,7 +213,11 @@ def test_damaged_folders_are_named_and_skipped(runs, tmp_path, capsys):
     shown = page(runs, tmp_path / "page.html")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all(line.startswith("maelab: left out: ") for line in said)
-    for word in ("f-s0/config.json is damaged", "n-s0/result.json is damaged", "points outside of its run folder"):
+    for word in (
+        "f-s0/config.json is damaged",
+        "n-s0 is damaged: it holds no test.accuracy",
+        "points outside of its run folder",
+    ):
         assert any(word in line for line in said) and word in shown.text
     assert "0.9925 ± 0.0007" in shown.text  # of the two that are left
 
