@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maelab.config import ComputeOptions as ComputeOptions
+    from maelab.config import DataOptions as DataOptions
     from maelab.config import FinetuneConfig as FinetuneConfig
     from maelab.config import PretrainConfig as PretrainConfig
     from maelab.config import ProbeConfig as ProbeConfig
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives; loaded on first use, so that `import maelab` and `maelab --help` need no torch.
 _HOME = {
+    "ComputeOptions": ("maelab.config", "ComputeOptions"),
+    "DataOptions": ("maelab.config", "DataOptions"),
     "Dataset": ("maelab.data", "Dataset"),
     "FinetuneConfig": ("maelab.config", "FinetuneConfig"),
     "ImageSet": ("maelab.data", "ImageSet"),

@@ -8,10 +8,10 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from maelab.config import FinetuneConfig, PretrainConfig
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
-from maelab.errors import MaelabError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError
 from maelab.export import export
 from maelab.model.masks import len_keep
 from maelab.runs import write_atomically, write_json
@@ -110,7 +110,7 @@ def _peer_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: 
     try:
         import transformers
     except ImportError as error:
-        raise UsageError("the benchmark's peer is not installed: pip install 'maelab[bench]'") from error
+        raise UsageError("the benchmark's peer is not installed: pip install 'maelab[dev]'") from error
     shape: dict[str, Any] = {
         "image_size": data.images.shape[-1], "num_channels": data.images.shape[1], "patch_size": config.patch_size,
         "hidden_size": config.embed_dim, "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
@@ -287,8 +287,8 @@ def _contestant(pipe: Connection, name: str, who: str, device: str, threads: int
             first, count = turn
             pipe.send(_seconds(step, first, count, device))
         pipe.send(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _peak_rss_mb())
-    except MaelabError as error:
-        pipe.send(error)
+    except Exception as error:  # whoever asks says it, in one line
+        pipe.send(error if isinstance(error, MaelabError) else RunError(f"{who}: {type(error).__name__}: {error}"))
 
 
 def _turns(name: str, repeats: int, device: str) -> tuple[dict[str, list[float]], float]:
@@ -354,20 +354,22 @@ def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
 
 
 def bench(
-    names: tuple[str, ...] = (),
+    names: Sequence[str] = (),
     *,
     repeats: int = 5,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     threads: int | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure, print a table on stderr, and return what belongs on stdout.
+    """Measure training speed beside Hugging Face's models and the matrix products alone.
+
+    A table goes to stderr.
 
     Args:
-        names: which `cases` or SERVING; all when empty.
+        names: cases; none measures all.
         repeats: turns that each contestant gets.
-        device: 'cpu' or 'cuda'.
-        threads: of the CPU; None keeps torch's.
+        device: where to compute.
+        threads: CPU threads; None takes one per core.
         out: folder for a dated JSON file and a row in its README.md.
 
     Returns:

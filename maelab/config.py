@@ -284,10 +284,8 @@ class ProbeConfig(LoopConfig, DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(_Config):
-    """Where to compute. None of it changes what is computed, up to rounding."""
+    """Where to compute; none of it changes what is computed, up to rounding."""
 
-    data_dir: Path | None = None
-    """folder that holds the data set's files already"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
     threads: int | None = None
@@ -305,7 +303,15 @@ class ComputeOptions(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ComputeOptions):
+class DataOptions(ComputeOptions):
+    """Where to compute and where the data lie."""
+
+    data_dir: Path | None = None
+    """folder that holds the data set's files already"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DataOptions):
     """Where a run happens and is kept."""
 
     out: Path | None = None

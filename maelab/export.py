@@ -35,25 +35,27 @@ MEASURED = 5000  # images at most on which int8 is judged
 
 
 def export(
-    run: str | Path,
+    run: Path | str,
     *,
-    format: Literal["onnx", "timm", "hf", "safetensors"],
-    out: Path | None = None,
+    format: Literal["onnx", "timm", "hf", "safetensors"] = "onnx",
+    out: Path | str | None = None,
     int8: bool = False,
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Write a trained model for other tools.
+    """Write a model for ONNX, transformers or timm.
+
+    The ONNX model takes float32 images (N, C, H, W) in [-1, 1] and gives logits (N, classes), or for an autoencoder the
+    features of its encoder (N, D), the mean of the patch tokens; class names and preprocessing are in its metadata.
+    transformers reads the folder as ViTMAEForPreTraining or ViTForImageClassification; timm's file holds a
+    VisionTransformer's weights, of an autoencoder those of its encoder.
 
     Args:
         run: run folder or checkpoint of a classifier or a masked autoencoder.
-        format: 'onnx': a file that takes float32 images (N, C, H, W) in [-1, 1] and gives logits (N, classes), or for
-            an autoencoder the features of its encoder (N, D), the mean of the patch tokens; class names and
-            preprocessing are in its metadata. 'hf': a folder for transformers' ViTMAEForPreTraining or
-            ViTForImageClassification. 'timm': a file of weights for timm's VisionTransformer; of an autoencoder, its
-            encoder. 'safetensors': a checkpoint folder, as `load_model` takes it.
-        out: what to write, a new file or folder; None is named after the run, in the working folder.
-        int8: quantise the matrices of the ONNX model to 8 bits, and measure what that costs on the validation images of
-            the run (else test images), if the data are on this machine.
+        format: onnx: one file for onnxruntime; hf: a folder for transformers; timm: a file of weights under timm's
+            names; safetensors: maelab's own checkpoint, a folder.
+        out: what to write, a new file or folder; None is named after the run, here.
+        int8: onnx: matrices in 8 bits, and what that costs on the run's validation images (else test images), where the
+            data are at hand.
         data_dir: folder that holds the data set's files already.
 
     Returns:
@@ -65,7 +67,7 @@ def export(
         UsageError: if the format cannot express the model, a package is missing, or `out` exists.
         RunError: if the model is damaged, or the result differs from it.
     """
-    out = out or Path(f"{Path(run).resolve().name.replace(':', '-')}-{format}{ENDINGS[format]}")
+    out = Path(out or f"{Path(run).resolve().name.replace(':', '-')}-{format}{ENDINGS[format]}")
     if out.exists():
         raise UsageError(f"--out {out} exists; remove it or choose another name")
     if out.suffix != ENDINGS[format] and ENDINGS[format]:

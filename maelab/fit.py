@@ -34,12 +34,13 @@ FILES = (  # all that a fit writes; the plan goes last
     folders.LOCK, PLAN,
 )  # fmt: skip
 _TO_SPEND = 0.85  # of the time left: rates vary while others use the machine
+_LONGEST = 60 * 24 * 365  # minutes
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
 
 
 def fit(
-    folder: Path,
+    folder: Path | str,
     *,
     minutes: float = 30,
     seed: int = 0,
@@ -47,18 +48,19 @@ def fit(
     overwrite: bool = False,
     options: ComputeOptions | None = None,
 ) -> dict[str, Any]:
-    """Make a model of a folder of images, whatever is labelled in it, and say what pretraining was worth.
+    """Do it all for a folder of images, within a given time.
 
-    Pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
-    scratch with the same fine-tuning; the better on validation is the model. How many epochs, a measured rate of steps
-    decides. Each stage is a run folder: stopped, the same call goes on; complete, it only answers again.
+    It pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
+    scratch with the same fine-tuning; the better on validation is the model, and a verdict says what pretraining was
+    worth. How many epochs, a measured rate of steps decides. Each stage is a run folder: stopped, the same call goes
+    on; complete, it only answers again.
 
     Args:
-        folder: images, in one of the layouts of `maelab.data.layout`.
-        minutes: time to spend in all.
-        seed: of everything random but the cuts.
-        out: folder for the runs, the page and fit.json; None is runs/fit-NAME.
-        overwrite: begin anew where `out` holds another plan.
+        folder: images: a sub-folder for each class, those without a class in unlabelled/, or all directly in it.
+        minutes: time to spend.
+        seed: seed of initialisation, order, augmentation and masks.
+        out: folder for runs, page and verdict; None is runs/fit-NAME. Stopped, the same command goes on.
+        overwrite: begin anew where the folder holds another fit.
         options: where to compute.
 
     Returns:
@@ -72,8 +74,8 @@ def fit(
         Interrupted: after saving, on Ctrl-C or SIGTERM.
     """
     begun = time.perf_counter()
-    if minutes <= 0 or not math.isfinite(minutes):
-        raise UsageError(f"--minutes must be above 0, got {minutes:g}")
+    if not 0 < minutes <= _LONGEST:
+        raise UsageError(f"--minutes must be above 0 and at most {_LONGEST} (a year), got {minutes:g}")
     folder = Path(str(folder).removeprefix("folder:")).expanduser().resolve()
     out = out or Path("runs") / f"fit-{folder.name}"
     if out.resolve().is_relative_to(folder):

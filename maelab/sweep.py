@@ -1,15 +1,16 @@
 """Sweeps: the same pretraining over a grid of settings, each cell judged by what its encoder is good for."""
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maelab import figures
+from maelab import commandline, figures, recipes
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
-from maelab.errors import MaelabError
+from maelab.errors import MaelabError, UsageError
 from maelab.runs import HoldsAnother, is_complete, open_collection, write_json
 from maelab.runs import folder as folders
 from maelab.runs.listing import SWEEP
@@ -63,29 +64,62 @@ def run_cell(config: PretrainConfig, finetuning: FinetuneConfig, folder: Path, o
 
 
 def sweep(
-    cells: Mapping[tuple[tuple[str, Any], ...], PretrainConfig],
-    finetuning: FinetuneConfig,
+    config: PretrainConfig,
     *,
-    out: Path,
+    grid: Sequence[str],
+    finetune_epochs: int = 3,
     options: RunOptions | None = None,
-) -> dict[str, Any]:
-    """Run every cell of a grid and rank them. Can be stopped, and goes on where it was; a cell that fails is reported.
+    recipe: str = "mnist",
+) -> tuple[Path, dict[str, Any]]:
+    """Pretrain over a grid of settings and judge each.
 
-    The best cell is the one with the best fine-tuned validation accuracy: reconstruction errors at other patch sizes
-    and mask ratios belong to other tasks, so they rank nothing. Both rankings are given.
+    It can be stopped, and goes on where it was; a cell that fails is reported. The best cell is the one with the best
+    fine-tuned validation accuracy: reconstruction errors at other patch sizes and mask ratios belong to other tasks, so
+    they rank nothing. Both rankings are given.
 
     Args:
-        cells: settings, ((field, value), ...), -> the config to pretrain.
-        finetuning: how each encoder is fine-tuned; `init` is filled in.
-        out: folder for the cells' run folders, sweep.json and figures/.
-        options: where to run.
+        config: what to pretrain, where the grid says nothing else.
+        grid: field=value,value,...: a field of the recipe and the values to try; give it once for each field.
+        finetune_epochs: epochs of the fine-tuning that judges each cell.
+        options: where to run; `out` is the folder for the cells' run folders, sweep.json and figures/.
+        recipe: of the fine-tuning; it names the default folder too.
 
     Returns:
-        The content of sweep.json: "cells" (settings, judgements or "error"), "best" and "lowest_masked_mse" (settings).
+        The folder and the content of sweep.json: "cells" (settings, judgements or "error"), "best" and
+        "lowest_masked_mse" (settings).
+
+    Raises:
+        UsageError: before any work, if the grid cannot be read or holds an impossible value.
     """
-    options = options or RunOptions()
+    cells, options = read_grid(config, grid), options or RunOptions()
+    finetuning = recipes.get("finetune", recipe)
+    assert isinstance(finetuning, FinetuneConfig)
+    finetuning = replace(finetuning, epochs=finetune_epochs)
+    out = options.out or Path("runs") / f"sweep-{recipe}"
     with open_collection(out, FILES, MARKER, ENTRIES) if first_process() else contextlib.nullcontext():
-        return _sweep(cells, finetuning, out, options)
+        return out, _sweep(cells, finetuning, out, options)
+
+
+def read_grid(config: PretrainConfig, grid: Sequence[str]) -> dict[tuple[tuple[str, str], ...], PretrainConfig]:
+    """The cells of a grid: settings, ((field, value), ...), -> the config with them.
+
+    Raises:
+        UsageError: if an axis cannot be read, or a value is impossible.
+    """
+    known = {option.name: option for option in commandline.fields(PretrainConfig)}
+    axes = []
+    for axis in grid:
+        name, equals, values = axis.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not all(values.split(",")):
+            raise UsageError(f"--grid {axis}: write field=value,value,...")
+        if name not in known:
+            commandline.refuse("--" + name.replace("_", "-"), known.values(), "sweep")
+        axes.append([(name, value.strip()) for value in values.split(",")])
+    return {
+        settings: replace(config, **{name: known[name].convert(value.split()) for name, value in settings})
+        for settings in itertools.product(*axes)
+    }
 
 
 def _sweep(

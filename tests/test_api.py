@@ -51,7 +51,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_importing_maelab_loads_nothing_heavy():
-    heavy = "torch numpy matplotlib PIL tyro rich tensorboard safetensors"
+    heavy = "torch numpy matplotlib PIL argparse rich tensorboard safetensors"
     code = f"import sys, maelab, maelab.recipes, maelab.config; print(*(set('{heavy}'.split()) & set(sys.modules)))"
     assert run(code) == ""
     assert run("import sys, maelab; maelab.PretrainConfig; print('torch' in sys.modules)") == "False"

@@ -273,33 +273,44 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
     [
         ("pretran smoke", "there is no command 'pretran'; did you mean pretrain?"),
         ("zzz", "there is no command 'zzz'; choose from data, pretrain, finetune, fit, probe, "),
-        ("pretrain", "pretrain needs a recipe as its first argument: mnist, cifar10, folder, smoke"),
-        ("pretrain --epochs 3", "pretrain needs a recipe as its first argument"),
+        ("pretrain", "pretrain needs RECIPE: mnist, cifar10, folder, smoke; see maelab pretrain --help"),
+        ("pretrain --epochs 3", "pretrain needs RECIPE: mnist, "),
         ("pretrain smok", "there is no pretrain recipe 'smok'; did you mean smoke?"),
         ("finetune cifar --init none", "there is no finetune recipe 'cifar'; did you mean cifar10?"),
         ("finetune zzz", "there is no finetune recipe 'zzz'; choose from mnist, cifar10, folder, smoke"),
-        ("probe", "probe needs a run folder as its first argument: maelab probe RUN"),
-        ("evaluate", "there is no run folder named; see maelab evaluate --help"),
-        ("reconstruct --json", "there is no run folder named"),
-        ("info", "there is no run folder named"),
-        ("data", "data needs a name: mnist, fashion-mnist, cifar10"),
+        ("probe", "probe needs RUN: run folder or checkpoint to judge; see maelab probe --help"),
+        (
+            "evaluate",
+            "evaluate needs RUN: run folder or checkpoint of a masked autoencoder or a classifier; see maelab ",
+        ),
+        ("reconstruct --json", "reconstruct needs RUN: run folder or checkpoint of a masked autoencoder; see maelab "),
+        ("info", "info needs RUN: run folder or checkpoint; see maelab info --help"),
+        ("data", "data needs NAMES: mnist, fashion-mnist, cifar10; see maelab data --help"),
+        ("fit --minutes 1", "fit needs FOLDER: images: a sub-folder for each class, "),
+        ("report", "report needs FOLDERS: run folders, sweeps, "),
+        ("sweep smoke", "sweep needs --grid: field=value,value,...: a field of the recipe and the values to try"),
         ("data mnst", "there is no data set 'mnst'; did you mean 'mnist'?"),
         ("data mnist --data-dir nowhere", "--data-dir nowhere is not a folder"),
         ("pretrain smoke --mask-rato 0.5", "unknown flag --mask-rato; did you mean --mask-ratio?"),
         ("pretrain smoke --batch_sise=8", "unknown flag --batch-sise; did you mean --batch-size?"),
-        ("pretrain smoke --qqqqqq", "unknown flag --qqqqqq; see maelab pretrain smoke --help"),
+        ("pretrain smoke --qqqqqq", "unknown flag --qqqqqq; see maelab pretrain --help"),
+        ("evaluate mae -n 3", "unknown flag -n; see maelab evaluate --help"),
+        ("predict classifier x.png --data-dir x", "unknown flag --data-dir; see maelab predict --help"),
+        ("fit x --data-dir x", "unknown flag --data-dir; see maelab fit --help"),
+        ("pretrain smoke --no-flap", "unknown flag --no-flap; did you mean --no-flip?"),
         ("evaluate mae --overwrite", "unknown flag --overwrite"),
         ("reconstruct mae --devices 2", "unknown flag --devices; did you mean --device?"),
-        ("pretrain smoke extra", "unrecognized options: extra"),
-        ("pretrain smoke --mask-ratio", "missing value for argument '--mask-ratio'"),
-        ("pretrain smoke --mask-ratio half", "--mask-ratio: could not convert string to float: 'half'"),
-        ("pretrain smoke --epochs 1.5", "--epochs: invalid literal for int() with base 10: '1.5'"),
-        ("pretrain smoke --img-size 28", "--img-size takes INT INT or None, got ['28']"),
-        ("pretrain smoke --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer', expected one of ('adamw'"),
+        ("pretrain smoke extra", "unexpected 'extra'; see maelab pretrain --help"),
+        ("info mae -- --json", "unexpected '--json'; see maelab info --help"),
+        ("pretrain smoke --mask-ratio", "--mask-ratio: expected one argument; see maelab pretrain --help"),
+        ("pretrain smoke --mask-ratio half", "--mask-ratio must be a finite number, got 'half'"),
+        ("pretrain smoke --epochs 1.5", "--epochs must be a whole number, got '1.5'"),
+        ("pretrain smoke --img-size 28", "--img-size must be 2 of them, each a whole number, or None, got '28'"),
+        ("pretrain smoke --optimizer sgd", "--optimizer must be adamw or muon, got 'sgd'"),
         ("pretrain smoke --mask-ratio 1.5", "--mask-ratio must lie between 0 and 1, got 1.5"),
         ("pretrain smoke --epochs 0", "--epochs must be at least 1, got 0"),
-        ("pretrain smoke --blr nan", "--blr must be a number, got nan"),
-        ("pretrain smoke --warmup-epochs inf", "--warmup-epochs must be a number, got inf"),
+        ("pretrain smoke --blr nan", "--blr must be a finite number, got 'nan'"),
+        ("pretrain smoke --warmup-epochs inf", "--warmup-epochs must be a finite number, got 'inf'"),
         ("pretrain smoke --seed 9223372036854775808", "--seed must be below 2**63, got 9223372036854775808"),
         ("pretrain smoke --threads 0", "--threads must be at least 1, got 0"),
         ("pretrain smoke --embed-dim 30", "--embed-dim must be a multiple of 4"),
@@ -330,7 +341,7 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         ("evaluate runs/probe-mae-1", "runs/probe-mae-1 is a linear probe; its figures are in its result.json"),
         ("evaluate mae --mask-ratio 1", "--mask-ratio must lie between 0 and 1, got 1.0"),
         ("evaluate mae --mask-ratio 0", "--mask-ratio must lie between 0 and 1, got 0.0"),
-        ("evaluate mae --split all", "invalid choice 'all' for argument '--split', expected one of ('test', 'val')"),
+        ("evaluate mae --split all", "--split must be test or val, got 'all'"),
         ("evaluate mae/checkpoints/best --split val", "--split val needs a run folder: its config.json says which"),
         (
             "evaluate scratch --data folder:CIFAR",
@@ -342,7 +353,7 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         ("reconstruct mae nowhere.png", "cannot read the image nowhere.png: No such file or directory"),
         ("reconstruct mae said/mae.json", "cannot read the image said/mae.json: not a PNG, JPEG, WEBP, BMP image"),
         ("reconstruct mae --count 0", "--count must be at least 1, got 0"),
-        ("reconstruct mae --mask-ratio nan", "--mask-ratio must lie between 0 and 1, got nan"),
+        ("reconstruct mae --mask-ratio nan", "--mask-ratio must be a finite number, or None, got 'nan'"),
         ("reconstruct mae --mask-ratio 0.5 0.96", "--mask-ratio 0.96 leaves no patch to see: the image has 16 patches"),
         ("reconstruct mae --out a.jpg", "--out a.jpg: the picture is a PNG; give a name that ends in .png"),
         ("reconstruct mae --out a.gif", "--out a.gif: only --sweep makes an animation; give a name that ends in .png"),
@@ -351,7 +362,10 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         ("reconstruct mae --mask-kind grid --mask-file x.png", "--mask-kind and --mask-file exclude each other"),
         ("reconstruct mae --mask-file nowhere", "cannot read the mask nowhere: No such file or directory"),
         ("reconstruct mae --mask-file DIGITS/3", "cannot read the mask DIGITS/3: Is a directory"),
-        ("reconstruct mae --mask-kind blocks", "invalid choice 'blocks' for argument '--mask-kind'"),
+        (
+            "reconstruct mae --mask-kind blocks",
+            "--mask-kind must be random, block or grid, got 'blocks'; did you mean block?",
+        ),
         ("info nowhere", "no run folder or checkpoint at nowhere"),
         ("info said", "said holds no checkpoint"),
     ],
@@ -492,6 +506,9 @@ def test_debug_shows_where(work, maelab):
     assert quiet.err == "maelab: no run folder or checkpoint at nowhere\n"
     assert loud.err.startswith("Traceback (most recent call last):") and "find_checkpoint" in loud.err
     assert loud.err.endswith("\n" + quiet.err) and loud.status == quiet.status == 2
+    for line in ("--debug evaluate nowhere", "evaluate --debug nowhere", "evaluate nowhere --json --debug"):
+        assert maelab.run(*line.split(), cwd=work).err == loud.err, line
+    assert maelab.run("evaluate", "--", "--debug", cwd=work).err == "maelab: no run folder or checkpoint at --debug\n"
 
 
 def test_too_large_for_memory(maelab, tmp_path, digits_folder):
@@ -499,15 +516,94 @@ def test_too_large_for_memory(maelab, tmp_path, digits_folder):
     assert maelab.run(*line, cwd=tmp_path).error().startswith("there is not enough memory; try a smaller --batch-size")
 
 
-def test_a_programming_error_is_one_line_too(monkeypatch, capsys):
-    from maelab import cli
+def alone(code: str, words: list[str], home: Path, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which `code` has changed what `maelab info` does."""
+    code = f"import sys, os, threading; from maelab import cli\n{code}\nsys.exit(cli.main())"
+    line = [sys.executable, "-c", code, *words]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run(line, env=environment(home), text=True, timeout=60, **streams)
 
-    def broken(arguments: list[str]) -> None:
-        raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", broken)
-    assert cli.main(["info"]) == 1
-    assert capsys.readouterr().err == "maelab: ZeroDivisionError: one (this should not happen; --debug shows where)\n"
+BROKEN = """
+def broken(run):
+    raise ZeroDivisionError("one\\ntwo")
+cli.info = broken
+"""
+OTHER_PIPE = """
+def broken(run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"to a process that has ended")
+cli.info = broken
+"""
+THREAD = """
+def broken(run):
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    return {"run": run, "complete": True, "config": {}, "model": "none"}
+cli.info = broken
+"""
+EXITS = """
+def broken(run):
+    sys.exit("a library has had enough")
+cli.info = broken
+"""
+
+
+def test_a_programming_error_is_one_line_too(tmp_path):
+    quiet = alone(BROKEN, ["info", "x"], tmp_path)
+    said = "maelab: ZeroDivisionError: one (this should not happen; --debug shows where)\n"
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (1, "", said)
+
+
+def test_a_pipe_that_breaks_is_a_failure_unless_it_is_stdout(tmp_path):
+    """As when a worker or a tracker ends before it has read everything."""
+    ended = alone(OTHER_PIPE, ["info", "x"], tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "") and ended.stderr.startswith("maelab: a pipe broke: ")
+    with open(tmp_path / "out", "w") as file:
+        assert alone(OTHER_PIPE, ["info", "x"], tmp_path, stdout=file).returncode == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    large = "cli.info = lambda run: {'run': 'x' * 200_000, 'complete': True, 'config': {}, 'model': 'none'}"
+    closed = alone(large, ["info", "x"], tmp_path, stdout=writer)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_no_traceback_without_debug(tmp_path):
+    thread = alone(THREAD, ["info", "x"], tmp_path)
+    said = "maelab: ZeroDivisionError: division by zero (this should not happen; --debug shows where)\n"
+    assert (thread.returncode, thread.stderr) == (0, said)
+    assert "Traceback" in alone(THREAD, ["--debug", "info", "x"], tmp_path).stderr
+    gave_up = alone(EXITS, ["info", "x"], tmp_path)
+    assert (gave_up.returncode, gave_up.stdout) == (1, "")
+    assert gave_up.stderr.startswith("maelab: SystemExit: a library has had enough")
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_streams_that_were_closed_before_the_start(closed, work):
+    line = f'exec "$0" -m maelab "$@" {closed}>&-'
+    good, bad = (
+        subprocess.run(
+            ["bash", "-c", line, sys.executable, "info", name], cwd=work, env=environment(work), capture_output=True
+        )
+        for name in ("mae", "nowhere")
+    )
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert good.stderr == b"" and (good.stdout == b"") == (closed == 1)
+    assert bad.stdout == b"" and bad.stderr == (
+        b"" if closed == 2 else b"maelab: no run folder or checkpoint at nowhere\n"
+    )
+
+
+def test_a_second_interrupt_changes_nothing(tmp_path):
+    """Whoever presses Ctrl-C twice sees one line."""
+    twice = "import signal\nsay = cli._say\ncli.info = lambda run: os.kill(os.getpid(), signal.SIGINT)\n"
+    twice += "def said(message):\n    os.kill(os.getpid(), signal.SIGTERM)\n    say(message)\ncli._say = said"
+    ended = alone(twice, ["info", "x"], tmp_path)
+    assert ended.returncode == 130 and ended.stderr.startswith("maelab: interrupted; ")
+    assert ended.stderr.count("\n") == 1, ended.stderr
 
 
 def test_images_that_cannot_be_read_are_named(maelab, tmp_path, digits_folder):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from maelab import config as config_module
+from maelab.cli import COMMANDS, signature
 from maelab.config import (
     Augment,
     ComputeOptions,
@@ -24,13 +25,23 @@ from maelab.errors import UsageError
 
 PACKAGE = Path(config_module.__file__).parent
 SHARED = ["data/*.py", "training/*.py"]  # what every task reads its config with
-READERS: dict[type, list[str]] = {
-    PretrainConfig: [*SHARED, "tasks/pretrain.py"],
-    FinetuneConfig: [*SHARED, "tasks/finetune.py"],
-    ProbeConfig: [*SHARED, "tasks/probe.py"],
-    RunOptions: [*SHARED, "runs/*.py", "tasks/*.py"],
+RUN = [*SHARED, "runs/*.py"]
+ENGINE = ["training/parallel.py"]
+# Command -> the modules that read the fields of its config, of its options, and of what to print.
+READERS: dict[str, dict[str, list[str]]] = {
+    "pretrain": {"config": [*SHARED, "tasks/pretrain.py"], "options": [*RUN, "tasks/pretrain.py"]},
+    "finetune": {"config": [*SHARED, "tasks/finetune.py"], "options": [*RUN, "tasks/finetune.py"]},
+    "probe": {"config": [*SHARED, "tasks/probe.py"], "options": [*RUN, "tasks/probe.py"]},
+    "sweep": {"config": [*SHARED, "tasks/pretrain.py"], "options": [*RUN, "tasks/pretrain.py", "sweep.py"]},
+    "fit": {"options": [*ENGINE, "fit.py"]},
+    "evaluate": {"options": [*ENGINE, "tasks/evaluate.py"]},
+    "predict": {"options": [*ENGINE, "tasks/predict.py"]},
+    "reconstruct": {"options": [*ENGINE, "tasks/reconstruct.py", "training/checkpoint.py"]},
+    "attention": {"options": [*ENGINE, "tasks/attention.py", "training/checkpoint.py"]},
+    "features": {"options": [*ENGINE, "tasks/features.py"]},
+    "demo": {"options": [*ENGINE, "demo/*.py"]},
 }
-HOLDERS = {"config", "cfg", "options", "self"}  # names that a config goes by
+HOLDERS = {"config", "cfg", "options", "self", "output"}  # names that a config goes by
 
 
 def reads(source: str) -> set[str]:
@@ -44,14 +55,30 @@ def reads(source: str) -> set[str]:
     return found
 
 
-def fields(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_read_by_the_command_that_takes_it(command):
+    """Those of the function in its body, the others wherever the object goes."""
+    module, _, name = COMMANDS[command].task.partition(":")
+    place = PACKAGE.parent / module.replace(".", "/")
+    source = (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
+    (function,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    loaded = {n.id for part in function.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+    readers = {"": [], "output": ["printing.py"], **READERS.get(command, {})}
+    read = {owner: reads_of(globs) for owner, globs in readers.items()}
+    read |= {"": loaded, "output": read["output"] | {"debug"}}  # --debug may stand anywhere: main looks for it
+    taken = signature(command)
+    assert taken.owners.keys() == readers.keys() - {""}
+    assert not [option.label for option in taken.options if option.name not in read[option.owner]]
 
 
-@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.__name__)
-def test_every_field_is_read_by_the_command_that_takes_it(kind):
-    read = set().union(*(reads(file.read_text()) for glob in READERS[kind] for file in PACKAGE.glob(glob)))
-    assert not set(fields(kind)) - read
+def reads_of(globs: list[str]) -> set[str]:
+    return set().union(*(reads(file.read_text()) for glob in globs for file in PACKAGE.glob(glob)))
+
+
+def test_only_what_trains_takes_processes_and_a_run_folder():
+    takes = {command for command in COMMANDS if signature(command).owners.get("options") is RunOptions}
+    assert takes == {"pretrain", "finetune", "probe", "sweep"}
+    assert "data_dir" not in reads_of(READERS["predict"]["options"]) | reads_of(READERS["fit"]["options"])
 
 
 def test_a_field_that_is_only_written_or_named_is_not_read():

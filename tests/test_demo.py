@@ -217,7 +217,7 @@ def test_two_runs_of_one_name_are_told_apart(runs):
 def test_a_missing_gradio_is_one_line_that_names_the_extra(monkeypatch, runs):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UsageError, match=r"needs Gradio: .*pip install 'maelab\[demo\]'"):
-        demo([str(runs[0])])
+        next(demo([str(runs[0])]))
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")

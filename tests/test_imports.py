@@ -16,12 +16,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "names"),
     ("config", "model"),
     ("native", "recipes"),
-    ("runs", "data", "weights"),
+    ("runs", "data", "weights", "commandline"),
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),
     ("fit",),
     ("__init__",),
+    ("printing",),
     ("cli",),
     ("__main__",),
 )
@@ -30,7 +31,7 @@ SIBLINGS: frozenset[tuple[str, str]] = frozenset({("bench", "export")})  # (impo
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 ENGINE = ("torch.distributed", "torch.nn.parallel")
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "transformers"}
-NO_TORCH = ("config", "recipes", "runs", "report", "pretrained")
+NO_TORCH = ("config", "commandline", "recipes", "runs", "report", "pretrained")
 
 Files = dict[str, tuple[str, bool]]  # dotted name -> source, and whether it is a package's __init__
 

@@ -146,7 +146,10 @@ def test_exit_status_is_1_when_nothing_could_be_read(work, maelab: Maelab):
     [
         ("predict mae digits", "mae is an autoencoder and knows no classes; make it a classifier with maelab finetune"),
         ("predict linear digits", "linear is a linear probe; predict needs a fine-tuned classifier"),
-        ("predict classifier", "predict needs images: files, folders, globs, or - for paths from stdin"),
+        (
+            "predict classifier",
+            "predict needs PATHS: image files, folders, globs, or on the command line - for paths from stdin",
+        ),
         ("predict classifier digits --csv --json", "--csv and --json exclude each other"),
         ("predict classifier digits --top 0", "--top must be at least 1, got 0"),
         ("predict classifier digits --batch-size 0", "--batch-size must be at least 1, got 0"),

@@ -60,7 +60,7 @@ def test_what_is_finished_is_not_done_again(swept, maelab):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ((), "at least one --grid"),
+        ((), "sweep needs --grid: field=value,value,...: "),
         (("--grid", "patch_size"), "write field=value,value"),
         (("--grid", "patch_sise=4"), "did you mean --patch-size?"),
         (("--grid", "mask_ratio=0.5,2"), "--mask-ratio"),

@@ -5,9 +5,9 @@ import importlib.util
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from maelab.config import RunOptions
+from maelab.config import DataOptions
 from maelab.errors import UsageError
 
 SHIPPED = ("maelab:mnist-mae", "maelab:mnist-classifier")
@@ -19,20 +19,25 @@ def demo(
     images: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 7860,
-    options: RunOptions | None = None,
-    ready: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Serve the page until interrupted. Nothing is stored, and no other host is asked for anything.
+    options: DataOptions | None = None,
+) -> Iterator[str]:
+    """Open a page to draw digits, hide and rebuild patches, compare models.
+
+    Nothing is stored, and no other host is asked for anything. A browser has to name the host that is listened on, or
+    localhost (127.0.0.1, [::1]), else it is refused: a foreign page could otherwise lend its own name to this server.
+    With 0.0.0.0 or ::, which other machines reach by many names, any address in numbers and this machine's host name
+    will do.
 
     Args:
         runs: run folders or checkpoints of autoencoders and classifiers; none takes the weights that maelab ships.
-        images: files, folders or globs to pick from; none takes some of the data the first model was trained on.
-        host: address to listen on. A browser has to name this host or localhost (127.0.0.1, [::1]), else it is refused:
-            a foreign page could otherwise lend its own name to this server. With 0.0.0.0 or ::, which other machines
-            reach by many names, any address in numbers and this machine's host name will do.
-        port: 0 takes a free one.
+        images: file, folder or glob of images to pick from; may be given several times. None takes some of the data
+            that the first model was trained on.
+        host: address to listen on; any other than this one lets other machines in.
+        port: port to listen on; 0 takes a free one.
         options: where to compute.
-        ready: is told the page's address.
+
+    Yields:
+        The page's address; whoever goes on then serves it until interrupted.
 
     Raises:
         UsageError, RunError: if Gradio is missing, a run or an image cannot be read, or the address cannot be had.
@@ -41,7 +46,7 @@ def demo(
         raise UsageError("maelab demo needs Gradio: install maelab with its extra, pip install 'maelab[demo]'")
     from maelab.demo import logic
 
-    options = options or RunOptions()
+    options = options or DataOptions()
     models = logic.load_models(runs or SHIPPED, options)
     examples = logic.example_images(models[0], images, options.data_dir)
     with tempfile.TemporaryDirectory(prefix="maelab-demo-") as folder, _listen(host, port) as listener:
@@ -63,7 +68,7 @@ def demo(
             )
         )
         shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{listener.getsockname()[1]}/")
+        yield f"http://{shown}:{listener.getsockname()[1]}/"
         with contextlib.suppress(KeyboardInterrupt):  # the usual end
             server.run(sockets=[listener])
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import ComputeOptions
 from maelab.data import ImageSet
 from maelab.data.batches import scale, unscale
 from maelab.data.decode import decode_image, to_eight_bits
@@ -59,7 +59,7 @@ class Loaded:
         return not self.rebuilds and self.class_names == DIGITS
 
 
-def load_models(runs: Sequence[str], options: RunOptions) -> list[Loaded]:
+def load_models(runs: Sequence[str], options: ComputeOptions) -> list[Loaded]:
     """Load runs, or checkpoints, in fp32 and on the device of the options.
 
     Raises:

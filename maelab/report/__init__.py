@@ -17,13 +17,13 @@ from maelab.report.sections import sections
 from maelab.runs import write_atomically
 
 
-def report(folders: Sequence[Path], *, out: Path, figures: Path | None = None) -> dict[str, Any]:
-    """Build the page.
+def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures: Path | None = None) -> dict[str, Any]:
+    """Build one HTML page from run folders.
 
     Args:
         folders: run folders, sweeps, or folders that hold such at any depth.
-        out: HTML file to write.
-        figures: folder for the drawings as PNG; None keeps them in the page alone.
+        out: page to write.
+        figures: folder for the page's drawings as PNG; None keeps them in the page alone.
 
     Returns:
         {"report", "runs", "unfinished", "damaged", "figures", "pictures"}: the file, how many runs it shows, names of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import DataOptions
 from maelab.data import ImageSet
 from maelab.data.batches import scale
 from maelab.errors import UsageError
@@ -18,23 +18,25 @@ from maelab.training.parallel import prepare, start_engine
 
 
 def attention(
-    run: str | Path,
+    run: Path | str,
     images: Sequence[str | Path] = (),
     *,
     count: int = 8,
     seed: int = 0,
-    out: Path,
-    options: RunOptions | None = None,
+    out: Path | str = Path("attention.png"),
+    options: DataOptions | None = None,
 ) -> dict[str, Any]:
-    """Draw images, the attention of the last block over them, and attention rollout.
+    """Draw where a model looks.
+
+    That is the attention of its last block over images, and attention rollout.
 
     Args:
-        run: run folder or checkpoint of a classifier or a masked autoencoder, of which the encoder is used, unmasked.
-        images: image files, folders or globs; none takes test images of the data set that the model was trained on.
+        run: run folder or checkpoint of a classifier or a masked autoencoder; the encoder is used, unmasked.
+        images: image files, folders, globs; none takes test images of the data it was trained on.
         count: how many images of the data set.
         seed: chooses them.
-        out: PNG to write.
-        options: where to run.
+        out: picture to write.
+        options: where to compute.
 
     Returns:
         {"run", "out", "images", "of": whose attention it is, "labels": the predicted classes, [] for an autoencoder}.
@@ -42,7 +44,7 @@ def attention(
     Raises:
         UsageError, RunError: if the run or an image cannot be read, or the model has no blocks.
     """
-    options = options or RunOptions()
+    out, options = Path(out), options or DataOptions()
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer) or not len(model.blocks):
         raise UsageError(f"{run} is a {spec.model} without attention; name the run that it judged")

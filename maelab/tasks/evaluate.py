@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from maelab.config import RunOptions
+from maelab.config import DataOptions
 from maelab.errors import UsageError
 from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -15,21 +15,21 @@ from maelab.training.parallel import prepare, start_engine
 
 
 def evaluate(
-    run: str | Path,
+    run: Path | str,
     *,
     data: str | None = None,
     split: Literal["test", "val"] = "test",
     mask_ratio: float | None = None,
-    options: RunOptions | None = None,
+    options: DataOptions | None = None,
 ) -> dict[str, Any]:
-    """Measure a trained model.
+    """Measure a finished run on its test or validation images.
 
     Args:
         run: run folder or checkpoint of a masked autoencoder or a classifier.
         data: data set; None is the one it was trained on.
         split: which images.
         mask_ratio: share of patches to hide from an autoencoder; None is that of its training.
-        options: where to run.
+        options: where to compute.
 
     Returns:
         {"run", "data", "split", "images"} and for a classifier "accuracy", "loss", "per_class" (name -> accuracy) and
@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         UsageError, RunError: if the run cannot be read or the data does not fit it.
     """
-    options = options or RunOptions()
+    options = options or DataOptions()
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; its figures are in its result.json")

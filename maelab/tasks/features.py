@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from maelab.config import RunOptions
+from maelab.config import DataOptions
 from maelab.data import ImageSet
 from maelab.data.images import read_batches
 from maelab.errors import RunError, UsageError
@@ -24,27 +24,30 @@ from maelab.training.runlog import say
 
 
 def features(
-    run: str | Path,
+    run: Path | str,
     paths: Iterable[str | Path] = (),
     *,
     data: str | None = None,
     split: Literal["train", "val", "test"] = "test",
     pool: Literal["token", "avg"] = "avg",
-    out: Path,
-    options: RunOptions | None = None,
+    out: Path | str = Path("features.npz"),
+    options: DataOptions | None = None,
 ) -> dict[str, Any]:
-    """Write the features of an encoder, unmasked, to a file.
+    """Write features of images for other tools.
+
+    They are those of the encoder, unmasked. The file is an .npz of the arrays features, float32 (N, D); path, or index
+    (place in the training or test images of the data set) and label, int64 (N,); class_names. Or a .parquet with these
+    columns, and class_names as JSON in the metadata of its schema.
 
     Args:
         run: run folder or checkpoint of a classifier or a masked autoencoder.
-        paths: image files, folders or globs; what cannot be read is left out, and named on stderr.
-        data: or a data set; None, where there are no paths either, is the one it was trained on.
-        split: which images of it; 'train' and 'val' as the run told them apart, whatever its --limit.
-        pool: 'token' or 'avg': the class token, or the mean of the patch tokens.
-        out: an .npz file of the arrays features, float32 (N, D); path, or index (place in the training or test images
-            of the data set) and label, int64 (N,); class_names. Or a
-            .parquet file with these columns, and class_names as JSON in the metadata of its schema.
-        options: where to run.
+        paths: image files, folders, globs, or on the command line - for paths from stdin; none takes a data set. What
+            cannot be read is left out, and named on stderr.
+        data: data set; None is the one it was trained on.
+        split: which images of it; train and val as the run told them apart, whatever its --limit.
+        pool: the class token, or the mean of the patch tokens.
+        out: file to write: .npz, or .parquet where pyarrow is installed.
+        options: where to compute.
 
     Returns:
         {"run", "out", "images", "dim", "unreadable"}.
@@ -53,7 +56,7 @@ def features(
         UsageError: if the run cannot be read, or it and the images do not fit; for parquet without pyarrow.
         RunError: if no image could be read, or the file cannot be written.
     """
-    options = options or RunOptions()
+    out, options = Path(out), options or DataOptions()
     if out.suffix not in (".npz", ".parquet"):
         raise UsageError(f"--out {out}: give a name that ends in .npz or .parquet")
     if out.suffix == ".parquet":

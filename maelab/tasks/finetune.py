@@ -89,7 +89,9 @@ def make_step_loss(config: FinetuneConfig, train_set: ImageSet, num_classes: int
 def finetune(
     config: FinetuneConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:
-    """Train a classifier; choose the best epoch on validation; read the test set once, with that epoch's weights.
+    """Train a classifier, on a pretrained encoder or from scratch.
+
+    The best epoch is chosen on validation; the test set is read once, with that epoch's weights.
 
     Args:
         config: what to do, e.g. `maelab.recipes.finetune_mnist()`; `init` says where the encoder comes from, and

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import ComputeOptions
 from maelab.data import ImageSet, compare_images
 from maelab.data.batches import scale
 from maelab.data.folder import list_folder
@@ -24,24 +24,27 @@ PICTURED = 64
 
 
 def predict(
-    run: str | Path,
+    run: Path | str,
     paths: str | Path | Iterable[str | Path],
     *,
     top: int = 3,
     batch_size: int = 256,
-    gallery: Path | None = None,
-    options: RunOptions | None = None,
+    gallery: Path | str | None = None,
+    options: ComputeOptions | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Classify images, prepared as those of a folder are for training: scaled to cover the model's image size, cropped
-    around the centre, made grey or coloured. They are not inverted: a model of MNIST expects white digits on black.
+    """Classify images with a fine-tuned model.
+
+    They are prepared as those of a folder are for training: scaled to cover the model's image size, cropped around the
+    centre, made grey or coloured. There may be any number: they are taken a batch at a time.
 
     Args:
         run: run folder or checkpoint of a classifier.
-        paths: image files, folders of them, or globs; taken a batch at a time, so that there may be any number.
+        paths: image files, folders, globs, or on the command line - for paths from stdin, one a line; scaled and
+            cropped as in training, never inverted: a model of MNIST expects white digits on black.
         top: how many classes to name for each image, the likeliest first.
         batch_size: images in memory at a time.
-        gallery: PNG to draw, of the first 64 images with their classes.
-        options: where to run.
+        gallery: PNG to draw of the first 64 images with their classes.
+        options: where to compute.
 
     Returns:
         An iterator over the images in order: {"path", "label", "probability", "top": [{"label", "probability"}, ...]},
@@ -60,10 +63,11 @@ def predict(
     for flag, value in (("--top", top), ("--batch-size", batch_size)):
         if value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
+    gallery = None if gallery is None else Path(gallery)
     if gallery is not None and gallery.suffix.lower() != ".png":
         raise UsageError(f"--gallery {gallery}: the picture is a PNG; give a name that ends in .png")
     names = spec.class_names or tuple(map(str, range(model.num_classes)))
-    options = options or RunOptions()
+    options = options or ComputeOptions()
     engine = start_engine(options)
     prepare(model.to(engine.device), engine, options)
 

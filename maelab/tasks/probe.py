@@ -27,8 +27,10 @@ from maelab.training.trackers import log_outcome
 def probe(
     config: ProbeConfig, *, options: RunOptions | None = None, recipe: str = "custom"
 ) -> tuple[Path, dict[str, Any]]:
-    """Judge a frozen encoder by k-NN and by a linear classifier on its features, standardised by their training mean
-    and deviation (as the batch norm without affine parameters of He et al. 2021, section A.1).
+    """Judge frozen features by k-NN and a linear classifier.
+
+    They are standardised by their training mean and deviation (as the batch norm without affine parameters of He et al.
+    2021, section A.1).
 
     Args:
         config: what to judge, on what.

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import DataOptions
 from maelab.data.batches import scale
 from maelab.data.images import read_mask
 from maelab.errors import UsageError
@@ -18,7 +18,7 @@ from maelab.inference import (
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT
-from maelab.model.masks import MaskKind, hidden_count, hide_first, hiding_order
+from maelab.model.masks import hidden_count, hide_first, hiding_order
 from maelab.training.checkpoint import images_to_show, load_model
 from maelab.training.parallel import prepare, start_engine
 
@@ -26,32 +26,31 @@ FRAMES = 60
 
 
 def reconstruct(
-    run: str | Path,
+    run: Path | str,
     images: Sequence[str | Path] = (),
     *,
     mask_ratios: Sequence[float] | None = None,
-    mask_kind: MaskKind = "random",
-    mask_file: Path | None = None,
+    mask_kind: Literal["random", "block", "grid"] = "random",
+    mask_file: Path | str | None = None,
     sweep: bool = False,
     count: int = 8,
     seed: int = 0,
-    out: Path,
-    options: RunOptions | None = None,
+    out: Path | str = Path("reconstruction.png"),
+    options: DataOptions | None = None,
 ) -> dict[str, Any]:
     """Draw original, masked and rebuilt images.
 
     Args:
         run: run folder or checkpoint of a masked autoencoder.
-        images: image files, folders or globs; none takes test images of the data set that the model was trained on.
-        mask_ratios: one group of rows for each; None is the ratio of training.
-        mask_kind: 'random'; 'block': one block for each image; 'grid': the regular pattern nearest to the ratio.
-        mask_file: an image or text that says what to hide, instead; see `maelab.data.images.read_mask`.
-        sweep: draw the ratios 0.1 to 0.9 instead, or an animation in which patches vanish one after the other, each
-            mask within the next.
+        images: image files, folders, globs; none takes test images of the data it was trained on.
+        mask_ratios: one group of rows for each share of hidden patches; None is the ratio of training.
+        mask_kind: block: one block for each image; grid: the regular pattern nearest to the ratio.
+        mask_file: what to hide: the dark parts of an image or the 1s of a text, with a cell for each patch or pixel.
+        sweep: draw the ratios 0.1 to 0.9, or into a .gif an animation of vanishing patches, each mask within the next.
         count: how many images of the data set.
         seed: chooses images and masks.
-        out: PNG to write; an animation is a GIF.
-        options: where to run.
+        out: picture to write.
+        options: where to compute.
 
     Returns:
         {"run", "out", "images", "patches"} and by ratio "masked_mse" (error over the hidden pixels of the images
@@ -61,7 +60,7 @@ def reconstruct(
     Raises:
         UsageError, RunError: if the run or an image cannot be read, or a ratio hides nothing or everything.
     """
-    options = options or RunOptions()
+    out, options = Path(out), options or DataOptions()
     model, spec = load_model(run)
     if not isinstance(model, MaskedAutoencoderViT):
         raise UsageError(f"{run} is a {spec.model}; only a pretraining run can reconstruct")
@@ -79,7 +78,7 @@ def reconstruct(
         also = " (or in .gif, for an animation)" * sweep
         raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png{also}")
     grid, total = model.grid_size, model.num_patches
-    drawn = read_mask(mask_file, grid, model.img_size) if mask_file is not None else None
+    drawn = read_mask(Path(mask_file), grid, model.img_size) if mask_file is not None else None
     shown = images_to_show(model, spec, images, count=count, seed=seed, options=options)
 
     if drawn is not None:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from maelab.config import DataConfig, RunOptions
+from maelab.config import DataConfig, DataOptions
 from maelab.data import Dataset, ImageSet, compare_images, load, training_sets
 from maelab.data.datasets import whole
 from maelab.data.images import read_all
@@ -217,7 +217,7 @@ def images_to_show(
     *,
     count: int,
     seed: int,
-    options: RunOptions,
+    options: DataOptions,
 ) -> torch.Tensor:
     """Image files, folders or globs; or if there are none, a seeded choice of the test images of the data set that the
     model was trained on: uint8 (N, C, H, W).

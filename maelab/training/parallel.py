@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from maelab import native
-from maelab.config import RunOptions
+from maelab.config import ComputeOptions, RunOptions
 from maelab.errors import UsageError
 from maelab.model.vit import Attention, Block
 from maelab.training import blocks
@@ -131,16 +131,17 @@ def choose_precision(wanted: str, device: str) -> str:
     return "fp32"
 
 
-def start_engine(options: RunOptions, precision: str = "auto") -> Engine:
+def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
     """Choose device and precision, and meet the other processes of the run if it has any.
 
     Args:
-        options: device, devices, num_nodes, threads.
+        options: device and threads; for a training devices and num_nodes, which else are 1.
         precision: 'auto', 'fp32' or 'bf16'.
 
     Raises:
         UsageError: if the device is not there, or there are several processes to meet and nobody started them.
     """
+    options = options if isinstance(options, RunOptions) else RunOptions(**vars(options))
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -191,7 +192,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepare(model: nn.Module, engine: Engine, options: RunOptions) -> str:
+def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
     """Set how the blocks of a model compute, for the hardware at hand or as forced by the options.
 
     Returns:
