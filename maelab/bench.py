@@ -3,7 +3,6 @@
 import datetime
 import functools
 import itertools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -425,7 +424,3 @@ def _append_rows(readme: Path, result: dict[str, Any]) -> None:
         cells = [result["date"][:10], case["name"], *(f"{case[key]:g}" for key in COLUMNS)]
         text += "| " + " | ".join([*cells, str(versions["threads"]), str(versions["git_commit"])]) + " |\n"
     write_atomically(readme, text.encode())
-
-
-if __name__ == "__main__":
-    print(json.dumps(bench()))

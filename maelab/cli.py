@@ -5,12 +5,10 @@ People read stderr; programs read stdout, which carries one JSON object with --j
 Exit status: 0 done, 1 the work failed, 2 bad usage, 130 interrupted after saving.
 """
 
-import contextlib
 import difflib
 import importlib
 import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -20,12 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import maelab
 from maelab import printing, recipes
 from maelab.commandline import Signature, cut, help_of, parse, read
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig
-from maelab.errors import MaelabError, UsageError
-from maelab.names import visible
-from maelab.printing import Output, PredictOutput, RunsOutput, first_process
+from maelab.errors import UsageError
+from maelab.printing import Output, PredictOutput, RunsOutput
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,6 @@ COMMANDS = {
     "export": Command("maelab.export:export", printing.exported),
     "bench": Command("maelab.bench:bench", printing.bench),
 }
-
-
-# ------------------------------------------------------------------------------ commands that need no more than this
 
 
 def data(names: Sequence[str], *, data_dir: Path | None = None) -> dict[str, Any]:
@@ -119,9 +114,6 @@ def info(run: Path) -> dict[str, Any]:
     return about | {"last_metrics": metrics[-2:], "result": result, "env": runs.environment_of(folder)}
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
-
-
 def _config(kind: Any, recipe: str, typed: dict[str, Any]) -> tuple[Any, str]:
     """The config of a recipe, changed by the fields that were typed, and the name for its run folder."""
     if kind is ProbeConfig:
@@ -163,9 +155,6 @@ def _for_folder(task: str, given: Any, typed: dict[str, Any]) -> Any:
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------- running
-
-
 def signature(name: str, words: Sequence[str] = ()) -> Signature:
     """The signature of a command; where the words begin with a recipe, the defaults are its."""
     command = COMMANDS[name]
@@ -182,15 +171,11 @@ def signature(name: str, words: Sequence[str] = ()) -> Signature:
 def _run(words: Sequence[str]) -> None:
     name, *rest = words or ["--help"]
     if name in ("-h", "--help", "help"):
-        import maelab
-
         print(f"{maelab.__doc__}\n\nusage: maelab COMMAND ...; maelab COMMAND --help says more\n")
         for found in map(signature, COMMANDS):
             about = found.about[:1].lower() + found.about[1:].rstrip(".")
             print(f"  {found.command:12s} {about}: {found.usage}")
     elif name == "--version":
-        import maelab
-
         print(maelab.__version__)
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.5)
@@ -225,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go away
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed before the start
         if not debug:
-            threading.excepthook = lambda thrown: _say(_explain(thrown.exc_value)[0])
+            threading.excepthook = lambda thrown: printing.complain(printing.explain(thrown.exc_value)[0])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot show ends no command
     try:
@@ -233,54 +218,18 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            _drop_stdout()
+        if isinstance(error, BrokenPipeError) and printing.reader_has_gone():
+            printing.drop()
             return 0
         if arguments is None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # once more tells nothing new, and would show a traceback
-        message, status = _explain(error)
+            for number in (signal.SIGINT, signal.SIGTERM):  # once more ends all at once, without a traceback
+                signal.signal(number, signal.SIG_DFL)
+        message, status = printing.explain(error)
         if debug and status != 130:
             traceback.print_exc()
     try:
         sys.stdout.flush()
     except OSError:  # it may be what failed, and would fail again at exit
-        _drop_stdout()
-    _say(message)
+        printing.drop()
+    printing.complain(message)
     return status
-
-
-def _say(message: str) -> None:
-    if first_process() and sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(visible(f"maelab: {message}"), file=sys.stderr)
-
-
-def _reader_has_gone() -> bool:
-    """Whether nobody reads stdout any more, as behind `| head`: any other pipe that breaks is a failure."""
-    with contextlib.suppress(OSError):
-        poll = select.poll()
-        poll.register(sys.stdout, 0)
-        return bool(poll.poll(0))
-    return False
-
-
-def _drop_stdout() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _explain(error: BaseException | None) -> tuple[str, int]:
-    """One line and an exit status for an error."""
-    if isinstance(error, MaelabError):
-        return str(error), error.exit_status
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command starts again, from the last checkpoint if there is one", 130
-    if isinstance(error, BrokenPipeError):
-        return "a pipe broke: the process at its other end has gone (--debug shows where)", 1
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename2 or error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}", 1
-    first = (str(error).splitlines() or [""])[0]
-    if out_of_memory(error):
-        return "there is not enough memory; try a smaller --batch-size, --accumulate 2, or a smaller model", 1
-    return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1

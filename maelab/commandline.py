@@ -18,18 +18,18 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from maelab import config
 from maelab.errors import UsageError
 
 REQUIRED = dataclasses.MISSING
 _NAMES = {**vars(typing), **vars(collections.abc), **vars(config)}  # what annotations and defaults are written in
-_WANTED = {int: "a whole number", float: "a finite number", Path: "a path", bool: "true or false"}
+_WANTED = {int: "a whole number", float: "a finite number", Path: "a path"}
 _SHOWN = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
 
@@ -71,11 +71,13 @@ class Option:
         kind, count, optional = self.shape()
         if optional and [*words] == ["None"]:
             return None
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        choices = ("false", "true") if kind is bool else get_args(kind)
         try:
-            if count and len(words) != count:
+            values: tuple[Any, ...] = tuple(choices[choices.index(w)] if choices else kind(w) for w in words)
+            infinite = kind is float and not all(map(math.isfinite, values))
+            empty = kind is Path and "" in words  # which Path takes for the working folder
+            if infinite or empty or count not in (None, len(words)):
                 raise ValueError
-            values = tuple(_convert(kind, choices, word) for word in words)
         except ValueError:
             wanted = " or ".join(", ".join(choices).rsplit(", ", 1)) if choices else _WANTED[kind]
             wanted = f"{count} of them, each {wanted}" if count not in (1, None) else wanted
@@ -83,19 +85,8 @@ class Option:
             hint = f"; did you mean {near[0]}?" if near else ""
             got = " ".join(words)
             raise UsageError(f"{self.label} must be {wanted}{', or None' * optional}, got {got!r}{hint}") from None
+        values = tuple(value == "true" for value in values) if kind is bool else values
         return values[0] if count == 1 else values
-
-
-def _convert(kind: Any, choices: tuple[str, ...], word: str) -> Any:
-    """Raises ValueError."""
-    if choices:
-        return choices[choices.index(word)]
-    if kind is bool:
-        return bool(("false", "true").index(word.lower()))
-    value = kind(word)
-    if (kind is Path and not word) or (kind is float and not math.isfinite(value)):  # Path("") is the working folder
-        raise ValueError
-    return value
 
 
 @dataclass(frozen=True)
@@ -118,9 +109,6 @@ class Signature:
         return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def read(command: str, task: str, output: type, first: str = "") -> Signature:
     """The signature of a command.
 
@@ -139,20 +127,18 @@ def read(command: str, task: str, output: type, first: str = "") -> Signature:
     helps = {k: " ".join(v.split()).rstrip(".") for k, v in zip(entries[1::2], entries[2::2], strict=True)}
     given = function.args
     defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults + given.kw_defaults
-    options: list[Option] = []
-    owners: dict[str, type] = {}
+    options, owners = [], {}
     for i, (parameter, default) in enumerate(zip(given.args + given.kwonlyargs, defaults, strict=True)):
-        name, kind = parameter.arg, _evaluate(parameter.annotation)
-        owner = next((m for m in (kind, *get_args(kind)) if dataclasses.is_dataclass(m)), None)
-        if isinstance(owner, type):
-            owners[name] = owner
+        name, kind = parameter.arg, eval(ast.unparse(parameter.annotation or parameter), _NAMES)
+        if found := [m for m in (kind, *get_args(kind)) if dataclasses.is_dataclass(m)]:
+            owners[name] = found[0]
         elif name == first or name != "recipe":
-            value = REQUIRED if default is None or name == first else _evaluate(default)
+            value = REQUIRED if default is None or name == first else eval(ast.unparse(default), _NAMES)
             options.append(Option(name, kind, value, helps[name], positional=name == first or i < len(given.args)))
     owners["output"] = output
     for owner, kind in owners.items():
-        options += [dataclasses.replace(f, owner=owner, positional=f.name == first) for f in fields(kind)]
-    return Signature(command, about.strip().partition("\n\n")[0].replace("\n", " "), tuple(options), owners)
+        options += [replace(field, owner=owner, positional=field.name == first) for field in fields(kind)]
+    return Signature(command, about.strip().partition("\n\n")[0], tuple(options), owners)
 
 
 def fields(kind: Any) -> list[Option]:
@@ -177,13 +163,6 @@ def _source(module: str, name: str) -> ast.stmt:
     return ast.parse(found[0]).body[0]
 
 
-def _evaluate(expression: ast.expr | None) -> Any:
-    return eval(ast.unparse(expression), _NAMES) if expression is not None else None
-
-
-# ------------------------------------------------------------------------------------------------------------- parsing
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -195,22 +174,22 @@ def _parser(signature: Signature, whole: bool) -> _Parser:
         f"maelab {signature.command}", f"{signature.usage} [flags]", signature.about,
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    arguments, own = parser.add_argument_group("arguments"), parser.add_argument_group("flags")
-    groups = {owner: (kind.__doc__ or "").split(";")[0].strip(".") for owner, kind in signature.owners.items()}
-    groups = {"": own} | {owner: parser.add_argument_group(about) for owner, about in groups.items()}
+    titles = {"words": "arguments", "": "flags"}
+    titles |= {owner: (kind.__doc__ or "").split(";")[0].strip(".") for owner, kind in signature.owners.items()}
+    groups = {owner: parser.add_argument_group(title) for owner, title in titles.items()}
     for option in signature.options:
         kind, count, optional = option.shape()
-        usual = option.default is not REQUIRED and option.default != () and not option.positional
-        about = option.help + f" (default: {_shown(option.default)})" * usual
-        more: dict[str, Any] = {"help": about.replace("%", "%%")}
+        default = " ".join(map(str, option.default)) if isinstance(option.default, tuple) else str(option.default)
+        usual = option.default is not REQUIRED and default and not option.positional
+        more: dict[str, Any] = {"help": (option.help + f" (default: {default})" * bool(usual)).replace("%", "%%")}
         if option.positional:
             if whole:
-                arguments.add_argument(option.label, **more)
+                groups["words"].add_argument(option.label, **more)
             continue
         if kind is bool:
             more |= {"action": argparse.BooleanOptionalAction}
         else:
-            name = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else _SHOWN[kind]
+            name = f"{{{','.join(get_args(kind))}}}" if get_args(kind) else _SHOWN[kind]
             more |= {"metavar": name + "|None" * (optional and count == 1)}
         if count is None:
             more |= {"action": "append"} if kind is str else {"action": "extend", "nargs": "+"}
@@ -218,12 +197,8 @@ def _parser(signature: Signature, whole: bool) -> _Parser:
             more |= {"nargs": count if whole else "+"}
         groups[option.owner].add_argument(option.label, dest=option.label, **more)
     if whole:
-        own.add_argument("-h", "--help", action="store_true", help="show this and exit")
+        groups[""].add_argument("-h", "--help", action="store_true", help="show this and exit")
     return parser
-
-
-def _shown(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def help_of(signature: Signature) -> str:
@@ -245,26 +220,26 @@ def parse(signature: Signature, words: Sequence[str]) -> dict[str, dict[str, Any
     for word in rest:
         if word.startswith("-") and word != "-":
             refuse(word.partition("=")[0], signature.options, signature.command)
+    see = f"see maelab {signature.command} --help"
     rest, values = rest + after, {owner: {} for owner in ("", *signature.owners)}
     for option in signature.options:
-        given = getattr(found, option.label, None)
+        given: Any = getattr(found, option.label, None)
+        value = option.default
         if option.positional:
-            one = option.shape()[1] == 1
-            given, rest = (rest[:1], rest[1:]) if one else (rest, [])
-        given = [given] if isinstance(given, str) else given
-        if isinstance(given, bool):
-            values[option.owner][option.name] = given
-        elif given:
-            value = option.convert(given)
-            streamed = option.positional and Iterable in [get_origin(m) for m in (option.kind, *get_args(option.kind))]
-            values[option.owner][option.name] = _with_stdin(value) if streamed else value
-        elif option.default is REQUIRED and (option.positional or not option.owner):
-            needed = f"{signature.command} needs {option.label}: {option.help}"
-            raise UsageError(f"{needed}; see maelab {signature.command} --help")
-        elif not option.owner:
-            values[""][option.name] = option.default
+            places = 1 if option.shape()[1] else len(rest)
+            given, rest = rest[:places], rest[places:]
+        if given not in (None, []):
+            value: Any = [given] if isinstance(given, str) else given
+            value = value if isinstance(given, bool) else option.convert(value)
+            if Iterable in [get_origin(m) for m in (option.kind, *get_args(option.kind))]:
+                value = _with_stdin(value)
+        elif value is REQUIRED and (option.positional or not option.owner):
+            raise UsageError(f"{signature.command} needs {option.label}: {option.help}; {see}")
+        elif option.owner:
+            continue
+        values[option.owner][option.name] = value
     if rest:
-        raise UsageError(f"unexpected {rest[0]!r}; see maelab {signature.command} --help")
+        raise UsageError(f"unexpected {rest[0]!r}; {see}")
     return values
 
 
@@ -274,22 +249,19 @@ def cut(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*words[:place]], [*words[place + 1 :]]
 
 
-def refuse(flag: str, options: Iterable[Option], command: str) -> NoReturn:
+def refuse(flag: str, options: Collection[Option], command: str) -> NoReturn:
     """Raise a UsageError that names the nearest of the flags that there are."""
-    known = ["--help"]
-    for option in options:
-        no = [option.label.replace("--", "--no-", 1)] if option.kind is bool else []
-        known += [] if option.positional else [option.label, *no]
+    known = ["--help", *(option.label for option in options if not option.positional)]
+    known += [option.label.replace("--", "--no-", 1) for option in options if option.kind is bool]
     near = difflib.get_close_matches(flag, known, 1)
-    raise UsageError(
-        f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else f"see maelab {command} --help")
-    )
+    hint = f"did you mean {near[0]}?" if near else f"see maelab {command} --help"
+    raise UsageError(f"unknown flag {flag}; {hint}")
 
 
 def _with_stdin(words: Iterable[str]) -> Iterator[str]:
     """The words, with the lines of stdin in the place of each "-"."""
     for word in words:
-        lines = sys.stdin.buffer if word == "-" else ()
-        yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in lines if line.strip())
-        if word != "-":
+        if word == "-":
+            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
+        else:
             yield word

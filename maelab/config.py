@@ -27,6 +27,16 @@ def _at_least(config: object, low: float, *fields: str) -> None:
         _require(value is None or value >= low, f"{_flag(field)} must be at least {low:g}, got {value}")
 
 
+def _divides(config: object, part: str, whole: str) -> None:
+    a, b = getattr(config, part), getattr(config, whole)
+    _require(b % a == 0, f"{_flag(part)} {a} does not divide {_flag(whole)} {b}")
+
+
+def _width(config: object, field: str) -> None:
+    value = getattr(config, field)
+    _require(value % 4 == 0, f"{_flag(field)} must be a multiple of 4 (position embedding), got {value}")
+
+
 def _share(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
@@ -102,10 +112,7 @@ class LoopConfig(_Config):
         _require(self.seed < 2**63, f"--seed must be below 2**63, got {self.seed}")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
-        _require(
-            self.batch_size % self.accumulate == 0,
-            f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}",
-        )
+        _divides(self, "accumulate", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +141,8 @@ class EncoderConfig(_Config):
         _at_least(self, 1, "patch_size", "embed_dim", "depth", "num_heads")
         _require(self.mlp_ratio > 0, f"--mlp-ratio must be above 0, got {self.mlp_ratio}")
         _require(self.img_size is None or min(self.img_size) > 0, f"--img-size must be positive, got {self.img_size}")
-        _require(
-            self.embed_dim % self.num_heads == 0,
-            f"--num-heads {self.num_heads} does not divide --embed-dim {self.embed_dim}",
-        )
-        _require(
-            self.embed_dim % 4 == 0, f"--embed-dim must be a multiple of 4 (position embedding), got {self.embed_dim}"
-        )
+        _divides(self, "num_heads", "embed_dim")
+        _width(self, "embed_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +209,8 @@ class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
         _require(0 < self.mask_ratio < 1, f"--mask-ratio must lie between 0 and 1, got {self.mask_ratio}")
         _at_least(self, 1, "decoder_embed_dim", "decoder_num_heads")
         _at_least(self, 0, "decoder_depth", "knn_every")
-        _require(
-            self.decoder_embed_dim % self.decoder_num_heads == 0,
-            f"--decoder-num-heads {self.decoder_num_heads} does not divide"
-            f" --decoder-embed-dim {self.decoder_embed_dim}",
-        )
-        _require(
-            self.decoder_embed_dim % 4 == 0,
-            f"--decoder-embed-dim must be a multiple of 4 (position embedding), got {self.decoder_embed_dim}",
-        )
+        _divides(self, "decoder_num_heads", "decoder_embed_dim")
+        _width(self, "decoder_embed_dim")
 
 
 @dataclass(frozen=True, kw_only=True)

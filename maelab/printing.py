@@ -1,17 +1,19 @@
-"""What a command prints of its result: lines for people, or with --json one object."""
+"""What a command prints of its result, lines for people or with --json one object, and of an error, one line."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
+import select
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maelab.errors import RunError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError, out_of_memory
 from maelab.names import csv_cell, visible
 
 Given = Mapping[str, Any]
@@ -57,6 +59,44 @@ def emit(output: Output, result: Any, *lines: str, styled: bool = False) -> None
     `styled` for it."""
     if first_process():
         print(json.dumps(result) if output.json else "\n".join(lines if styled else map(visible, lines)))
+
+
+def reader_has_gone() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`: any other pipe that breaks is a failure."""
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        return bool(poll.poll(0))
+    return False
+
+
+def drop() -> None:
+    """Let what stdout still holds go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(message: str) -> None:
+    """Print a line on stderr, if there is one."""
+    if first_process() and sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(visible(f"maelab: {message}"), file=sys.stderr)
+
+
+def explain(error: BaseException | None) -> tuple[str, int]:
+    """One line and an exit status for an error."""
+    if isinstance(error, MaelabError):
+        return str(error), error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command starts again, from the last checkpoint if there is one", 130
+    if isinstance(error, BrokenPipeError):
+        return "a pipe broke: the process at its other end has gone (--debug shows where)", 1
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename2 or error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}", 1
+    first = (str(error).splitlines() or [""])[0]
+    if out_of_memory(error):
+        return "there is not enough memory; try a smaller --batch-size, --accumulate 2, or a smaller model", 1
+    return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1
 
 
 def lines(of: Callable[[dict[str, Any]], Iterable[str]]) -> Callable[[dict[str, Any], Given, Output], None]:
@@ -168,12 +208,11 @@ def demo(result: Iterable[str], given: Given, output: Output) -> None:
 def predictions(result: Iterable[dict[str, Any]], given: Given, output: PredictOutput) -> None:
     """Each as soon as it is there; what cannot be read is named on stderr too."""
     from maelab.training.checkpoint import read_spec
+    from maelab.training.runlog import say
 
     count = {"read": 0, "unreadable": 0}
 
     def noted() -> Iterator[dict[str, Any]]:
-        from maelab.training.runlog import say
-
         for entry in result:
             count["unreadable" if "error" in entry else "read"] += 1
             if "error" in entry:

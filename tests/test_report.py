@@ -12,8 +12,8 @@ from pages import Drawing, note_drawings, page
 from run_folders import PNG, change, write
 
 from maelab import figures, recipes
-from maelab.cli import _parse  # the very parser that a user's command meets
-from maelab.config import FinetuneConfig
+from maelab.cli import signature
+from maelab.commandline import parse  # the very parser that a user's command meets
 from maelab.errors import RunError, UsageError
 from maelab.report import report
 from maelab.report.groups import command, families, load
@@ -154,8 +154,8 @@ def test_commands_make_the_run_again(tmp_path):
     line = command(run)
     assert line.startswith("maelab finetune mnist --init none ") and line.endswith(f"'{tmp_path.name}/a b'")
     words = shlex.split(line)[3:-2]
-    parsed = _parse(FinetuneConfig, words, "finetune mnist", recipes.finetune_mnist())
-    again = json.loads(json.dumps(dataclasses.asdict(parsed)))
+    typed = parse(signature("finetune"), ["mnist", *words])["config"]
+    again = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(recipes.finetune_mnist(), **typed))))
     assert again == {k: v for k, v in run.config.items() if k in again}
 
 

@@ -64,6 +64,8 @@ def test_what_is_finished_is_not_done_again(swept, maelab):
         (("--grid", "patch_size"), "write field=value,value"),
         (("--grid", "patch_sise=4"), "did you mean --patch-size?"),
         (("--grid", "mask_ratio=0.5,2"), "--mask-ratio"),
+        (("--grid", "flip=true,perhaps"), "--flip must be false or true, got 'perhaps'"),
+        (("--grid", "threads=1,2"), "unknown flag --threads"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_any_work(grid, message, maelab, tmp_path):
