@@ -174,7 +174,7 @@ def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Mael
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ((), "fit needs a folder of images"),
+        ((), "fit needs FOLDER: images"),
         (("nowhere",), "there is no folder"),
         (("photos", "--minutes", "0"), "--minutes must be above 0"),
         (("photos", "--minutes", "1e20"), "--minutes must be above 0 and at most 525600 (a year), got 1e+20"),
