@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from maelab import native
 from maelab.config import ComputeOptions, RunOptions
@@ -61,8 +62,6 @@ class Engine:
         """
         if self.world_size == 1:
             return model
-        from torch.nn.parallel import DistributedDataParallel
-
         device_ids = None if self.device.type == "cpu" else [self.device]
         return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids))
 
