@@ -94,7 +94,7 @@ def explain(error: BaseException | None) -> tuple[str, int]:
         place = f"{error.filename2 or error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}", 1
     first = (str(error).splitlines() or [""])[0]
-    if out_of_memory(error):
+    if error is not None and out_of_memory(error):
         return "there is not enough memory; try a smaller --batch-size, --accumulate 2, or a smaller model", 1
     return f"{type(error).__name__}: {first} (this should not happen; --debug shows where)", 1
 
