@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maelab import native, recipes
-from maelab.config import FinetuneConfig, PretrainConfig
+from maelab.config import FinetuneConfig, PretrainConfig, check_count
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator
@@ -381,7 +381,9 @@ def bench(
         raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join([*cases(), *SERVING])}")
     if repeats < 1:
         raise UsageError(f"--repeats must be at least 1, got {repeats}")
+    check_count("--repeats", repeats, 1, 10_000)
     if threads is not None:
+        check_count("--threads", threads, 1, 1024)
         torch.set_num_threads(threads)
     console = Console(stderr=True, width=130)
     results = []

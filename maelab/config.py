@@ -4,12 +4,21 @@ Each dataclass is flat, so that every field is a flag: `mask_ratio` is `--mask-r
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from maelab.errors import UsageError
+
+LARGEST = {  # of the numbers that build a model; what is beyond them takes minutes to build or refuse
+    "depth": 1_000, "decoder_depth": 1_000, "embed_dim": 2**16, "decoder_embed_dim": 2**16, "num_heads": 2**12,
+    "decoder_num_heads": 2**12, "patch_size": 2**12, "mlp_ratio": 2**8,
+}  # fmt: skip
+LARGEST_SIDE = 2**15  # of an image, pixels
+LARGEST_COUNT = 2**63  # of everything that is counted; torch's seeds and sizes end here
 
 
 def _require(condition: bool, message: str) -> None:
@@ -43,14 +52,69 @@ def _share(config: object, *fields: str) -> None:
         _require(0 <= value <= 1, f"{_flag(field)} must lie between 0 and 1, got {value}")
 
 
+def _in_short(value: object) -> str:
+    """A wrong value, cut where it is long."""
+    if isinstance(value, int) and abs(value) > 10**40:  # Python writes no number of more than 4,300 digits
+        return f"a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_count(flag: str, value: int, low: int = 0, largest: int = LARGEST_COUNT - 1) -> None:
+    """Refuse a number that nothing can be counted by, or no generator of random numbers started with.
+
+    Raises:
+        UsageError: if it does not lie between `low` and `largest`.
+    """
+    if value < low:
+        raise UsageError(f"{flag} must be at least {low}, got {_in_short(value)}")
+    if value > largest:
+        below = "2**63 - 1" if largest == LARGEST_COUNT - 1 else f"{largest}"
+        raise UsageError(f"{flag} must be at most {below}, got {_in_short(value)}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value has the type of its field; an int serves as a float."""
+    if get_origin(kind) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if options := get_args(kind):  # a union
+        return any(_fits(value, option) for option in options)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    options = [_in_words(option) for option in get_args(kind) if option is not NoneType]
+    if get_origin(kind) is tuple:
+        return f"{len(options)} whole numbers"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    return " or ".join(options) or names.get(kind, str(kind))
+
+
+_types = functools.cache(get_type_hints)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Config:
     def __post_init__(self) -> None:
-        """End of the chain of validations: whatever a number means, infinity is not meant."""
+        """Start of the chain of validations: every value has its type, and is neither infinite nor beyond any use."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            _require(not infinite, f"{_flag(field.name)} must be a number, got {value}")
+            flag, value, kind = _flag(field.name), getattr(self, field.name), _types(type(self))[field.name]
+            _require(_fits(value, kind), f"{flag} must be {_in_words(kind)}, got {_in_short(value)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float):
+                    _require(math.isfinite(number), f"{flag} must be a number, got {number}")
+                if isinstance(number, int):
+                    _require(abs(number) < LARGEST_COUNT, f"{flag} must be below 2**63, got {_in_short(number)}")
+                largest = LARGEST_SIDE if field.name == "img_size" else LARGEST.get(field.name)
+                if isinstance(number, int | float) and largest:
+                    _require(number <= largest, f"{flag} must be at most {largest}, got {number}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +134,6 @@ class DataConfig(_Config):
         super().__post_init__()
         _at_least(self, 1, "limit")
         _at_least(self, 0, "split_seed")
-        _require(self.split_seed < 2**63, f"--split-seed must be below 2**63, got {self.split_seed}")
         _require(0 < self.val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {self.val_fraction}")
 
 
@@ -109,7 +172,6 @@ class LoopConfig(_Config):
         super().__post_init__()
         _at_least(self, 1, "epochs", "batch_size", "accumulate")
         _at_least(self, 0, "seed", "blr", "muon_lr", "weight_decay", "warmup_epochs", "clip_grad")
-        _require(self.seed < 2**63, f"--seed must be below 2**63, got {self.seed}")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
         _divides(self, "accumulate", "batch_size")
@@ -295,6 +357,7 @@ class ComputeOptions(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "threads")
+        _require((self.threads or 1) <= 1024, f"--threads must be at most 1024, got {self.threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,3 +387,4 @@ class RunOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "devices", "num_nodes")
+        _require(self.devices <= 1024, f"--devices must be at most 1024, got {self.devices}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from maelab import figures, recipes
-from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions
+from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions, check_count
 from maelab.data import Dataset, ImageSet, load, training_sets
 from maelab.data.folder import Found, scan
 from maelab.errors import RunError, UsageError
@@ -76,6 +76,7 @@ def fit(
     begun = time.perf_counter()
     if not 0 < minutes <= _LONGEST:
         raise UsageError(f"--minutes must be above 0 and at most {_LONGEST} (a year), got {minutes:g}")
+    check_count("--seed", seed)
     folder = Path(str(folder).removeprefix("folder:")).expanduser().resolve()
     out = out or Path("runs") / f"fit-{folder.name}"
     if out.resolve().is_relative_to(folder):
@@ -252,7 +253,10 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
     """Stage -> its config, in order."""
 
     def read(stage: str, kind: Any, **more: Any) -> Any:
-        return kind(**{**plan[stage], "img_size": tuple(plan[stage]["img_size"]), **more})
+        config = kind(**{**plan[stage], "img_size": tuple(plan[stage]["img_size"]), **more})
+        if (config.data, config.seed) != (plan["data"], plan["seed"]):
+            raise ValueError(f"the images or the seed of {stage} are others")
+        return config
 
     try:
         configs = {"pretrain": read("pretrain", PretrainConfig)}

@@ -3,7 +3,6 @@ Hugging Face's ViTMAE and ViT, timm's ViT, the original MAE."""
 
 import argparse
 import contextlib
-import json
 import math
 import re
 import zipfile
@@ -17,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from maelab.errors import RunError, UsageError
+from maelab.files import parse_json, read_json
 from maelab.model import VisionTransformer, interpolate_pos_embed, sincos_pos_embed
 from maelab.model.vit import Block
 
 PATCH_WEIGHT, PATCH_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that the original MAE's images have
-MAX_WEIGHTS, MAX_JSON = 16 * 2**30, 2**24  # bytes of a file that someone else made
+MAX_WEIGHTS, MAX_JSON = 16 * 2**30, 2**24  # bytes of a file
 State = dict[str, torch.Tensor]
 
 
@@ -173,7 +173,7 @@ def read_foreign(path: str | Path) -> Foreign | None:
     if path.is_file() and path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         return _read_timm(path)
     try:
-        theirs = (path / "config.json").is_file() and "model_type" in _read_json(path / "config.json")
+        theirs = "model_type" in read_json(path / "config.json", MAX_JSON)
     except RunError:  # for others to name
         return None
     return _read_hugging_face(path) if theirs else None
@@ -198,19 +198,6 @@ def fold_normalisation(state: State, mean: Sequence[float], std: Sequence[float]
         state["decoder_pred.weight"] = state["decoder_pred.weight"] / scale.repeat(repeats)[:, None]
         state["decoder_pred.bias"] = (state["decoder_pred.bias"] - shift.repeat(repeats)) / scale.repeat(repeats)
     return state
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object written by others."""
-    try:
-        if file.stat().st_size > MAX_JSON:
-            raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} is damaged: {error}") from error
-    return content
 
 
 def _read_tensors(file: Path) -> tuple[State, dict[str, str]]:
@@ -282,7 +269,7 @@ def _read_timm(file: Path) -> Foreign:
     state = {name: value for name, value in found.items() if not name.startswith(("decoder_", "mask_token"))}
     notes = ["its decoder is left out"] if len(state) < len(found) else []
     try:
-        own = json.loads(metadata.get("maelab", "{}"))
+        own = parse_json(metadata.get("maelab", "{}"))
         embed_dim = state[PATCH_WEIGHT].shape[0]
         # A state does not tell its heads. Those of ViT-Ti, S, B and L are 64 wide, those of ViT-H 80.
         num_heads = own["num_heads"] if own else 16 if embed_dim == 1280 else embed_dim // 64
@@ -309,7 +296,7 @@ def _read_timm(file: Path) -> Foreign:
                 notes.append("colours assumed in [-1, 1]")
         names = tuple(map(str, own.get("class_names", ())))
         return Foreign("VisionTransformer", arguments, state, names, None, tuple(notes))
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise RunError(
             f"{file} holds no Vision Transformer under timm's names ({type(error).__name__}: {error}); a model of"
             " transformers is given by its folder"
@@ -412,7 +399,7 @@ def _from_hub(name: str) -> Path:
 
 def _read_hugging_face(folder: Path) -> Foreign:
     """A folder of transformers: ViTMAE (with or without decoder) or ViT (with or without classifier)."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", MAX_JSON)
     kind = config.get("model_type")
     if kind not in ("vit_mae", "vit"):
         raise UsageError(f"{folder} is a model of type {kind!r}; of transformers, maelab reads vit_mae and vit")
@@ -455,7 +442,7 @@ def _in_our_colours(found: Foreign, file: Path) -> Foreign:
     """The model for images in [-1, 1], as its image processor's file says what it was made for."""
     if not file.is_file():
         return replace(found, notes=("no preprocessor_config.json: colours assumed in [-1, 1]",))
-    config, channels = _read_json(file), found.arguments["in_chans"]
+    config, channels = read_json(file, MAX_JSON), found.arguments["in_chans"]
     plain = not config.get("do_normalize", True)
     mean, std = ([0.0] * channels, [1.0] * channels) if plain else (config["image_mean"], config["image_std"])
     mean, std = ([float(v) for v in (vs if isinstance(vs, list) else [vs] * channels)] for vs in (mean, std))

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "maelab"
 # layer do not import each other, apart from SIBLINGS.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "names"),
-    ("config", "model"),
+    ("config", "model", "files"),
     ("native", "recipes"),
     ("runs", "data", "weights", "commandline"),
     ("training", "inference", "figures"),
@@ -31,7 +31,7 @@ SIBLINGS: frozenset[tuple[str, str]] = frozenset({("bench", "export")})  # (impo
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 ENGINE = ("torch.distributed", "torch.nn.parallel")
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "transformers"}
-NO_TORCH = ("config", "commandline", "recipes", "runs", "report", "pretrained")
+NO_TORCH = ("config", "commandline", "files", "recipes", "runs", "report", "pretrained")
 
 Files = dict[str, tuple[str, bool]]  # dotted name -> source, and whether it is a package's __init__
 

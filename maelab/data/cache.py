@@ -16,6 +16,9 @@ from maelab.data.layout import File, fingerprint_of
 from maelab.data.sources import cache_dir
 from maelab.data.splits import KEY_BYTES
 from maelab.errors import RunError
+from maelab.files import read_json
+
+_LARGEST_NOTE = 2**30  # bytes; an image takes about 40
 
 
 def read_cached(
@@ -80,12 +83,15 @@ def _keys_of(note: dict[str, Any]) -> list[bytes]:
 
 
 def _read_note(note: Path) -> dict[str, Any]:
-    """What was noted of a file of images, {} if nothing was."""
+    """What was noted of a file of images, {} if nothing was, or what nobody notes here."""
     try:
-        known = json.loads(note.read_text())
-    except (OSError, ValueError):
+        known = read_json(note, _LARGEST_NOTE)
+        good = all(isinstance(known[name], str) for name in ("folder", "fingerprint", "md5", "sample", "keys"))
+        good = good and all(type(number) is int and number >= 0 for name in ("kept", "shape") for number in known[name])
+        good = good and all(isinstance(text, str) for text in known["skipped"])
+        return known if good and len(_keys_of(known)) == len(known["kept"]) else {}
+    except (RunError, KeyError, TypeError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _is_whole(known: dict[str, Any], pixels: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ import numpy as np
 from maelab.data.checksums import FILES, SHA256
 from maelab.data.formats import MAX_FILE, cifar_binary, gunzip, read_cifar_pickle, read_png_sheet
 from maelab.errors import RunError, UsageError
+from maelab.files import parse_json
 
 NAMES = ("mnist", "fashion-mnist", "cifar10")
 
@@ -395,7 +395,7 @@ def _stored(name: str, stored: str, form: str, files: dict[str, Callable[[], byt
     elif form.endswith(".png"):
         number = form.removesuffix(".png").removeprefix("data_batch_")
         lists = "test_lables.json" if number == "test_batch" else "train_lables.json"
-        labels = np.array(json.loads(published(lists)), dtype=np.uint8)
+        labels = np.array(parse_json(published(lists)), dtype=np.uint8)
         start = 0 if number == "test_batch" else (int(number) - 1) * 10_000
         data = cifar_binary(read_png_sheet(published(form)), labels[start : start + 10_000])
     else:

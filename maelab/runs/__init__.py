@@ -1,5 +1,6 @@
 """Run folders: the only room that knows what they hold. Nothing here needs torch."""
 
+from maelab.files import parse_json, read_json
 from maelab.runs.checkpoints import (
     Checkpoint,
     commit,
@@ -26,7 +27,7 @@ from maelab.runs.ensure import (
     replace_collection,
     result_of,
 )
-from maelab.runs.files import as_json, parse_json, read_json, sha256, write_atomically, write_json
+from maelab.runs.files import as_json, sha256, write_atomically, write_json
 from maelab.runs.folder import figure_of
 from maelab.runs.listing import (
     as_text,

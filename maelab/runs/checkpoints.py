@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maelab.config import LARGEST, LARGEST_SIDE
 from maelab.errors import RunError, UsageError
-from maelab.runs.files import as_json, parse_json, put, read_json, sha256, sync_folder, temporary, write_temporary
+from maelab.files import parse_json, read_json, read_limited
+from maelab.runs.files import as_json, put, sha256, sync_folder, temporary, write_temporary
 
 MODELS = ("MaskedAutoencoderViT", "VisionTransformer", "Linear")  # what a checkpoint may hold
 PRETRAINED = Path(__file__).parents[1] / "pretrained"  # a folder for each name of maelab:NAME
@@ -29,12 +31,8 @@ LARGEST_CONFIG = 2**24  # bytes; a hundred thousand class names fit
 MODEL, CONFIG, TRAINING, COMMIT = "model.safetensors", "config.json", "training.pt", "commit.json"
 PORTABLE = (CONFIG, MODEL)
 NAMES = tuple(f"best/{name}" for name in PORTABLE) + tuple(f"last/{name}" for name in (*PORTABLE, TRAINING))
-_LARGEST = {  # of the numbers that build a model; what is beyond them takes minutes to build or refuse
-    "depth": 1_000, "decoder_depth": 1_000, "embed_dim": 2**16, "decoder_embed_dim": 2**16, "num_heads": 2**12,
-    "decoder_num_heads": 2**12, "patch_size": 2**12, "in_chans": 2**16, "num_classes": 2**20, "mlp_ratio": 2**8,
-    "in_features": 2**20, "out_features": 2**20,
-}  # fmt: skip
-_MAX_SIDE, _MAX_PATCHES = 2**15, 2**20
+_LARGEST = LARGEST | {"in_chans": 2**16, "num_classes": 2**20, "in_features": 2**20, "out_features": 2**20}
+_MAX_PATCHES = 2**20
 
 Content = bytes | Callable[[Path], object]
 
@@ -67,7 +65,7 @@ def commit(run: Path, files: Mapping[str, Content], about: Mapping[str, Any]) ->
         RunError: if they cannot be written; the checkpoint before them stands.
     """
     folder = checkpoints(run)
-    previous, old = folder / "previous", read_json(folder / COMMIT).get("sha256", {})
+    previous, old = folder / "previous", _sums(folder)
     path = folder
     try:
         for part in ("", "best", "last", "previous", "previous/best", "previous/last"):
@@ -78,7 +76,7 @@ def commit(run: Path, files: Mapping[str, Content], about: Mapping[str, Any]) ->
             sums[name] = sha256(write_temporary(path, content))
         for name in sums.keys() - files.keys():  # so that previous/ holds all of its commit
             path = folder / name
-            copied = read_json(previous / COMMIT).get("sha256", {}).get(name) == sums[name]
+            copied = _sums(previous).get(name) == sums[name]
             if not (copied and (previous / name).is_file()):
                 put(previous / name, path.read_bytes())
         for name in files:
@@ -133,11 +131,11 @@ def intact(run: Path, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]
                 notes.append(f"{place / COMMIT} is missing")
             continue
         try:
-            sums = read_json(place / COMMIT)["sha256"]
+            sums = _sums(place)
             wanted = {name: sums[name] for name in names if name in sums}
-        except (RunError, KeyError, TypeError) as error:
+        except RunError as error:
             seen = True
-            notes.append(str(error) if isinstance(error, RunError) else f"{place / COMMIT} is damaged")
+            notes.append(str(error))
             continue
         if not wanted:
             continue
@@ -155,6 +153,15 @@ def intact(run: Path, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]
     if seen:
         raise RunError(f"{'; '.join(notes[:1])}; and there is no checkpoint before it that is whole")
     return {}, notes
+
+
+def _sums(place: Path) -> dict[str, str]:
+    """Name -> SHA-256, as commit.json in `place` says; {} where there is none. Raises RunError if it is damaged."""
+    content = read_json(place / COMMIT)
+    sums = content.get("sha256", None if content else {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise RunError(f"{place / COMMIT} is damaged")
+    return sums
 
 
 def settle(run: Path) -> list[str]:
@@ -258,9 +265,7 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]
     """
     file = checkpoint.config
     try:
-        if file.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"it is larger than {LARGEST_CONFIG >> 20} MiB")
-        content = parse_json(file.read_bytes())
+        content = parse_json(read_limited(file, LARGEST_CONFIG))
         if content.pop("format") != 1 or content["model"] not in MODELS:
             raise ValueError("not a format that this version knows")
         wanted_sum = content.pop("sha256", None)
@@ -281,15 +286,15 @@ def _check_fields(content: dict[str, Any]) -> None:
         raise ValueError("arguments or data are of the wrong kind")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names is no list of names")
-    if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio < 1):
+    if ratio is not None and not (isinstance(ratio, float) and 0 < ratio < 1):
         raise ValueError(f"mask_ratio is {str(ratio)[:20]}")
     for name, largest in _LARGEST.items():
         value = arguments.get(name, 0)
-        if not isinstance(value, int | float) or not 0 <= value <= largest:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
             raise ValueError(f"{name} is {str(value)[:20]}, which is not between 0 and {largest}")
     sides = arguments.get("img_size", [])
     sides = sides if isinstance(sides, list) else [sides]
-    if not all(isinstance(side, int) and 0 < side <= _MAX_SIDE for side in sides):
+    if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise ValueError(f"img_size is {str(sides)[:40]}")
     if len(sides) == 2 and sides[0] * sides[1] > _MAX_PATCHES * max(1, arguments.get("patch_size", 1)) ** 2:
         raise ValueError(f"{sides[0]} x {sides[1]} pixels make too many patches")

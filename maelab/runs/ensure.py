@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from maelab.config import DataConfig, FinetuneConfig, LoopConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import RunError, UsageError
+from maelab.files import read_json
 from maelab.runs import folder as folders
 from maelab.runs.checkpoints import COMMIT, checkpoints, gone, settle
-from maelab.runs.files import read_json, write_atomically, write_json
+from maelab.runs.files import write_atomically, write_json
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "env.json", "result.json"
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}

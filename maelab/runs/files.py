@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, synced and renamed; and JSON of limited size."""
+"""Files that are whole or not there: written under a temporary name, synced and renamed."""
 
 import contextlib
 import hashlib
@@ -7,12 +7,9 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from maelab.errors import RunError
 
-LARGEST_JSON = 2**26  # bytes; what is larger was not written by maelab
-LARGEST_INT = 2**64  # more digits were not written by maelab either, and no float holds them
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.maelab", re.DOTALL)
 
 
@@ -84,45 +81,6 @@ def write_json(path: Path, content: object) -> None:
 def as_json(content: object) -> bytes:
     """The bytes of a JSON file."""
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def parse_json(text: bytes) -> Any:
-    """What JSON text says, within limits that keep what was not written by maelab from doing harm.
-
-    Raises:
-        ValueError: if it is none, is nested too deeply, or holds a number that no file of maelab's holds.
-    """
-
-    def parse_int(digits: str) -> int:
-        if len(digits) > 20 or abs(number := int(digits)) >= LARGEST_INT:
-            raise ValueError(f"the number {digits[:20]}... is too large")
-        return number
-
-    try:
-        return json.loads(text, parse_int=parse_int)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def read_json(file: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """A JSON object, {} when the file is missing.
-
-    Raises:
-        RunError: if it is damaged, or larger than `largest` bytes.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        if file.stat().st_size > largest:
-            raise ValueError(f"it is larger than {largest >> 20} MiB")
-        content = parse_json(file.read_bytes())
-    except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}") from error
-    except OSError as error:
-        raise RunError(f"cannot read {file}: {error.strerror}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds no JSON object")
-    return content
 
 
 def sha256(file: Path) -> str:

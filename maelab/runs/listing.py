@@ -11,22 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from maelab.errors import RunError, UsageError
+from maelab.files import parse_json, read_json, read_limited
 from maelab.runs.ensure import CONFIG, config_of, is_complete, result_of
-from maelab.runs.files import parse_json, read_json
 
 METRICS, SWEEP = "metrics.jsonl", "sweep.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a row that was cut off while being written is left out."""
+    """The rows of metrics.jsonl: epoch, split and numbers. What was cut off while being written is left out, and so is
+    what maelab does not write.
+
+    Raises:
+        RunError: if the file is too large to be one of maelab's, or cannot be read.
+    """
     rows = []
     file = folder / METRICS
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    try:
+        lines = read_limited(file).splitlines() if file.is_file() else []
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror}") from error
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = parse_json(line)
-            if isinstance(row, dict) and isinstance(row.get("epoch"), int) and "split" in row:
+            if isinstance(row, dict) and _is_row(row):
                 rows.append(row)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    numbers = [value for name, value in row.items() if name != "split"]
+    good = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+    return good and isinstance(row.get("epoch"), int) and isinstance(row.get("split"), str)
 
 
 def find_runs(folder: str | Path) -> list[Path]:

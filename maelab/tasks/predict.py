@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from maelab import figures
-from maelab.config import ComputeOptions
+from maelab.config import ComputeOptions, check_count
 from maelab.data import ImageSet, compare_images
 from maelab.data.batches import scale
 from maelab.data.folder import list_folder
@@ -60,9 +60,8 @@ def predict(
         raise UsageError(
             f"{run} is an autoencoder and knows no classes; make it a classifier with maelab finetune --init {run}"
         )
-    for flag, value in (("--top", top), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{flag} must be at least 1, got {value}")
+    check_count("--top", top, 1, 10_000)
+    check_count("--batch-size", batch_size, 1, 2**20)
     gallery = None if gallery is None else Path(gallery)
     if gallery is not None and gallery.suffix.lower() != ".png":
         raise UsageError(f"--gallery {gallery}: the picture is a PNG; give a name that ends in .png")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from maelab import figures
-from maelab.config import DataOptions
+from maelab.config import DataOptions, check_count
 from maelab.data.batches import scale
 from maelab.data.images import read_mask
 from maelab.errors import UsageError
@@ -64,6 +64,7 @@ def reconstruct(
     model, spec = load_model(run)
     if not isinstance(model, MaskedAutoencoderViT):
         raise UsageError(f"{run} is a {spec.model}; only a pretraining run can reconstruct")
+    check_count("--seed", seed)
     ratios = list(mask_ratios or (spec.mask_ratio or 0.75,))
     for ratio in ratios:
         check_masking(model.num_patches, ratio)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from maelab.config import DataConfig, DataOptions
+from maelab.config import DataConfig, DataOptions, check_count
 from maelab.data import Dataset, ImageSet, compare_images, load, training_sets
 from maelab.data.datasets import whole
 from maelab.data.images import read_all
@@ -225,8 +226,8 @@ def images_to_show(
     Raises:
         UsageError: if one cannot be read, or the count is not positive.
     """
-    if count < 1:
-        raise UsageError(f"--count must be at least 1, got {count}")
+    check_count("--count", count, 1)
+    check_count("--seed", seed)
     if images:
         return read_all(images, model.img_size, model.in_chans)
     data = load_matching_data(spec, None, options.data_dir)
@@ -238,15 +239,50 @@ def read_training(file: Path) -> dict[str, Any]:
     """What going on needs, as `maelab.training.loop.train` saved it: tensors, numbers, strings, lists and dicts only.
 
     Raises:
-        RunError: if the file is damaged.
+        RunError: if the file is damaged, or would take more memory than it has bytes.
     """
     try:
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("it is compressed, which torch does not do")
         content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not content.keys() >= {"position", "model", "optimizers", "average"}:
             raise ValueError("it holds something else")
+        _check_position(content["position"])
+        _check_tensors(content, file.stat().st_size)
         return content
     except Exception as error:
         raise damaged(file, error) from error
+
+
+def _check_position(position: Any) -> None:
+    """Refuse what the loop could not go on from. Raises ValueError."""
+
+    def numbers(values: Any) -> bool:
+        return isinstance(values, dict) and all(isinstance(k, str) and is_number(v) for k, v in values.items())
+
+    def is_number(value: Any) -> bool:
+        scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+        return scalar or (isinstance(value, int | float) and not isinstance(value, bool))
+
+    good = isinstance(position, dict) and all(
+        type(position.get(name)) is int and 0 <= position[name] < 2**63 for name in ("step", "images", "best_epoch")
+    )
+    good = good and is_number(position.get("seconds")) and isinstance(position.get("rows"), str)
+    if not good or not all(numbers(position.get(name)) for name in ("sums", "best", "train")):
+        raise ValueError("it does not say where the run stood")
+
+
+def _check_tensors(content: Any, size: int) -> None:
+    """Refuse tensors that claim more bytes than the whole file has, by a stride of 0. Raises ValueError."""
+    level = [content]
+    while level:
+        inside = []
+        for part in level:
+            if isinstance(part, torch.Tensor) and part.numel() * part.element_size() > size:
+                raise ValueError("a tensor in it claims to be larger than the file")
+            inside += part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+        level = inside
 
 
 def damaged(file: Path, error: Exception) -> RunError:
