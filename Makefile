@@ -31,8 +31,12 @@ results: .venv/.dev
 page: .venv/.dev
 	$(BIN)/python results/make.py --page
 
+# About an hour on two cores. Less, or the same again: make torture INPUTS=1000 KILLS=20 SEED=1.
 torture: .venv/.dev
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'slow or not slow' --ignore tests/torture
+	@: > torture.log; tail -f torture.log & trap "kill $$!" EXIT; seed=$(or $(SEED),$$(date +%s)); echo "SEED=$$seed"; \
+	TORTURE_INPUTS=$(or $(INPUTS),10000) TORTURE_KILLS=$(or $(KILLS),200) TORTURE_SEED=$$seed TORTURE_LOG=torture.log \
+	$(BIN)/python -m pytest -m 'slow or not slow' --dist load tests/torture
 
 check: .venv/.dev
 	$(BIN)/ruff check

@@ -38,14 +38,15 @@ def short(text: str, length: int) -> str:
 def csv_cell(text: str) -> str:
     """The text as a cell of CSV: behind a single quote if a spreadsheet would compute it (the advice of OWASP).
 
-    Bytes of a file name stay what they are, for a stream with the error handler surrogateescape. Of the characters that
-    control a terminal, only the end of a line and the tab stay, which the writer of CSV puts between quotes.
+    Bytes of a file name stay what they are, for a stream with the error handler surrogateescape. Of the characters
+    that control a terminal, only line feed and tab stay: the writer of CSV puts them between quotes, but before Python
+    3.13 no carriage return, behind which a spreadsheet would begin a row.
     """
     try:
         exact = text.encode(errors="surrogateescape").decode(errors="surrogateescape") == text
     except UnicodeEncodeError:
         exact = False
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", _escape, text if exact else encodable(text))
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", _escape, text if exact else encodable(text))
     return f"'{text}" if _FORMULA.match(text) else text
 
 

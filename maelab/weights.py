@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -218,7 +219,8 @@ def _read_tensors(file: Path) -> tuple[State, dict[str, str]]:
                     if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                         raise ValueError("compressed records, which torch does not write")
             # The original MAE keeps its command's arguments, plain values, in a Namespace.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd pickles
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
             for key in ("model", "state_dict"):
                 if isinstance(content, dict) and isinstance(content.get(key), dict):

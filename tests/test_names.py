@@ -61,10 +61,11 @@ def test_what_a_person_sees():
 
 
 def test_what_a_spreadsheet_reads():
-    for start in "=+-@\t\r\n\uff1d":
+    for start in "=+-@\t\n\uff1d":
         assert csv_cell(f"{start}1+1") == f"'{start}1+1"
     for text in ("", "a=1", "0.5", "a,b\nc", BYTES):
         assert csv_cell(text) == text
+    assert csv_cell("a\r=1+1") == r"a\r=1+1", "a writer of CSV may leave it bare, and it begins a row"
     assert csv_cell("\x1b[31m") == r"\x1b[31m" and csv_cell("\ud800\udc9b") == r"\ud800\x9b"
     assert csv_cell("\udcc2\udc9b[31m") == r"\xc2\x9b[31m", "their bytes would be a control character"
 

@@ -100,11 +100,12 @@ def decode_image(content: bytes, channels: int) -> Image.Image:
     """
     limit = Image.MAX_IMAGE_PIXELS or 0
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            warnings.simplefilter("ignore")
-            if opened.width * opened.height > limit:
-                raise Image.DecompressionBombError
-            return to_eight_bits(ImageOps.exif_transpose(opened), channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which opening reads
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                if opened.width * opened.height > limit:
+                    raise Image.DecompressionBombError
+                return to_eight_bits(ImageOps.exif_transpose(opened), channels)
     except Image.DecompressionBombError:
         reason = f"it has more than {limit // 1_000_000} megapixels"
     except Image.UnidentifiedImageError:

@@ -106,9 +106,11 @@ def read_mask(path: Path, grid: tuple[int, int], size: tuple[int, int]) -> torch
                 raise ValueError("its lines have no cells or different numbers of them")
             dark = np.array(lines, np.float32)
         else:
-            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as opened:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                dark = 1 - np.asarray(to_eight_bits(ImageOps.exif_transpose(opened), 1), np.float32) / 255
+                with Image.open(path, formats=FORMATS) as opened:
+                    dark = 1 - np.asarray(to_eight_bits(ImageOps.exif_transpose(opened), 1), np.float32) / 255
     except Exception as error:
         raise UsageError(f"cannot read the mask {path}: {why_unreadable(error, path)}") from error
     if dark.shape not in (grid, size):

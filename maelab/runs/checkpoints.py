@@ -239,6 +239,8 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             time.sleep(0.5)  # a run at work may have committed twice in the meantime
             files, notes = intact(run, names)
         if files:
+            if lacking := [name for name in names if name not in files]:
+                raise RunError(f"{checkpoints(run) / COMMIT} is damaged: it does not name {lacking[0]}")
             for note in notes:
                 _say_once(f"maelab: {note}; the checkpoint before it is used")
             return Checkpoint(*(files[name] for name in names))

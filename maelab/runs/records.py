@@ -13,7 +13,8 @@ from typing import Any
 from maelab.errors import RunError
 from maelab.runs.checkpoints import PORTABLE, commit, find_checkpoint
 from maelab.runs.ensure import CONFIG, ENVIRONMENT, RESULT, config_of, environment_of, is_complete, result_of
-from maelab.runs.files import parse_json, write_atomically, write_json
+from maelab.files import parse_json
+from maelab.runs.files import write_atomically, write_json
 from maelab.runs.listing import METRICS, SWEEP, find_runs, find_sweeps, read_metrics, sweep_of
 
 Record = dict[str, Any]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         spec, file = ModelSpec(**fields), checkpoint.model
     try:
         state = found.state if found is not None else _read_weights(file, spec, wanted)
-        with torch.device("meta"):  # so that nothing large is allocated before the shapes are seen to fit
+        with torch.device("meta"), warnings.catch_warnings():  # so that nothing large is allocated before shapes fit
+            warnings.simplefilter("ignore")  # of widths of 0, which fit nothing
             model = spec.build()
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except OSError as error:
@@ -245,7 +247,9 @@ def read_training(file: Path) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed, which torch does not do")
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not content.keys() >= {"position", "model", "optimizers", "average"}:
             raise ValueError("it holds something else")
         _check_position(content["position"])
