@@ -2,6 +2,7 @@
 wrong operation shows. The parameters are drawn again here, from a generator in the same state."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def moved(picture: Image.Image, a: float, b: float, c: float, d: float, x: float
     return picture.transform(picture.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
 
 
-def operations(sign: int) -> dict[str, object]:
+def operations(sign: int) -> dict[str, Callable[[Image.Image], Image.Image]]:
     """What each operation does to a picture at STRENGTH, in the order of the numbers that choose them."""
     s = sign * STRENGTH
     cos, sin = math.cos(math.radians(30 * s)), math.sin(math.radians(30 * s))
@@ -85,9 +86,7 @@ def test_each_operation_of_rand_augment(name, sign):
     chosen = (names.index(name) + 0.5) / (2 * len(names))
     u = torch.tensor([chosen, 0.25 if sign < 0 else 0.75]).expand(4, 2)
     ours = module._rand_augment_op(images, u, torch.full((4,), STRENGTH), 0, 1)
-    operation = operations(sign)[name]
-    assert callable(operation)
-    off = differences(ours, [operation(to_pillow(x)) for x in images])
+    off = differences(ours, [operations(sign)[name](to_pillow(x)) for x in images])
     assert (off > 1).float().mean() < 0.01, "on the border of the black corners one rounding decides"
     assert not torch.equal(ours, images)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from maelab.cli import main
 from maelab.data.batches import scale
 from maelab.data.images import read_all
-from maelab.errors import MaelabError
+from maelab.errors import MaelabError, RunError
 from maelab.export import export
 from maelab.inference import class_probabilities, classification_scores
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -244,6 +244,24 @@ def test_the_encoder_of_an_autoencoder_in_onnx(tmp_path, monkeypatch, capfd):
         expected = model.pool(model.forward_features(images(3, 1, 28, 28)), "avg")
     found = answer(tmp_path / out, "features", images(3, 1, 28, 28))
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.1 * float(expected.std()))
+
+
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    """From the third image of a batch on: one image, or two as the exporter sees them, would not show it."""
+    forward_head = VisionTransformer.forward_head
+
+    def other_in_the_graph(self: VisionTransformer, tokens: torch.Tensor) -> torch.Tensor:
+        logits = forward_head(self, tokens)
+        if torch.compiler.is_exporting():
+            later = (torch.ones_like(logits[:, :1]).cumsum(0) > 2).float()
+            logits = logits + 3e-4 * later
+        return logits
+
+    run = checkpoint(tmp_path / "run", VisionTransformer)
+    monkeypatch.setattr(VisionTransformer, "forward_head", other_in_the_graph)
+    with pytest.raises(RunError, match=r"the ONNX model differs from the original by 3\.0e-04; nothing was written"):
+        export(run, format="onnx", out=tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("name", ["model", "int8"])

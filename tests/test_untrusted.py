@@ -57,7 +57,7 @@ def test_a_training_state_of_the_right_sum_runs_nothing(form, stopped, maelab: M
     commit(run, {"last/training.pt": save}, {"step": 2, "epoch": 1})
     ended = maelab.run(*line, cwd=tmp_path)
     assert ended.status == 1 and ended.error().startswith("run/checkpoints/last/training.pt is damaged (")
-    with pytest.raises(RunError, match="training.pt is damaged"):
+    with pytest.raises(RunError, match=r"training\.pt is damaged"):
         read_training(run / "checkpoints/last/training.pt")
     would_run(run / "checkpoints/last/training.pt", trace)
 
