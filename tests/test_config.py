@@ -120,11 +120,13 @@ def required(kind: type) -> dict[str, Any]:
 WRONG = [
     (DataConfig, {"limit": 0}, "--limit must be at least 1, got 0"),
     (DataConfig, {"split_seed": -1}, "--split-seed must be at least 0, got -1"),
+    (DataConfig, {"split_seed": 2**63}, "--split-seed must be below 2**63, got 9223372036854775808"),
     (DataConfig, {"val_fraction": 0.0}, "--val-fraction must lie between 0 and 1, got 0.0"),
     (DataConfig, {"val_fraction": 1.0}, "--val-fraction must lie between 0 and 1, got 1.0"),
     (LoopConfig, {"epochs": 0}, "--epochs must be at least 1, got 0"),
     (LoopConfig, {"batch_size": -8}, "--batch-size must be at least 1, got -8"),
     (LoopConfig, {"seed": -1}, "--seed must be at least 0, got -1"),
+    (LoopConfig, {"seed": 2**63}, "--seed must be below 2**63, got 9223372036854775808"),
     (LoopConfig, {"blr": -1e-3}, "--blr must be at least 0, got -0.001"),
     (LoopConfig, {"blr": math.nan}, "--blr must be"),
     (LoopConfig, {"weight_decay": math.inf}, "--weight-decay must be"),
@@ -149,6 +151,8 @@ WRONG = [
     (PretrainConfig, {"knn_every": -1}, "--knn-every must be at least 0, got -1"),
     (FinetuneConfig, {"label_fraction": 0.0}, "--label-fraction must be above 0"),
     (FinetuneConfig, {"label_fraction": 1.1}, "--label-fraction must lie between 0 and 1, got 1.1"),
+    (FinetuneConfig, {"label_smoothing": 1.1}, "--label-smoothing must lie between 0 and 1, got 1.1"),
+    (FinetuneConfig, {"layer_decay": 1.1}, "--layer-decay must lie between 0 and 1, got 1.1"),
     (FinetuneConfig, {"layer_decay": 0.0}, "--layer-decay must be above 0"),
     (FinetuneConfig, {"drop_path": 1.0}, "--drop-path must lie in [0, 1), got 1.0"),
     (FinetuneConfig, {"patch_drop": 1.0}, "--patch-drop must lie in [0, 1), got 1.0"),
@@ -173,8 +177,9 @@ def test_impossible_values_are_refused_by_their_flag(kind, values, message):
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        (DataConfig, {"limit": 1, "val_fraction": 0.99}),
+        (DataConfig, {"limit": 1, "val_fraction": 0.99, "split_seed": 2**63 - 1}),
         (LoopConfig, {"blr": 0.0, "ema_decay": 0.0, "warmup_epochs": 0.0, "batch_size": 8, "accumulate": 8}),
+        (LoopConfig, {"seed": 2**63 - 1, "beta2": 0.01, "clip_grad": 0.0, "weight_decay": 0.0}),
         (EncoderConfig, {"img_size": (28, 14), "patch_size": 7, "mlp_ratio": 0.5}),
         (Augment, {"crop_scale": 0.08, "rand_augment_magnitude": 10.0, "random_erasing": 1.0}),
         (PretrainConfig, {"decoder_depth": 0, "mask_ratio": 0.01}),
