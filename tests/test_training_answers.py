@@ -1,0 +1,137 @@
+"""What the training tasks hand to the loop and to the drawings of a run, on sets on which no two of them agree."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maelab import figures, recipes
+from maelab.config import RunOptions
+from maelab.data import load, training_sets
+from maelab.data.batches import scale
+from maelab.errors import UsageError
+from maelab.inference import class_probabilities, reconstruct_images
+from maelab.model.masks import make_mask
+from maelab.tasks import finetune, pretrain
+from maelab.training.checkpoint import load_model
+from maelab.training.loop import Outcome, Task, train
+
+SMALL: dict[str, Any] = {"precision": "fp32", "limit": 64, "batch_size": 16, "epochs": 2, "val_fraction": 0.2}
+
+
+def options(out: Path) -> RunOptions:
+    return RunOptions(out=out, device="cpu", threads=1, kernels="torch")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is given to the functions that draw."""
+    calls: dict[str, Any] = {}
+    for name in ("curves", "predictions", "confusion", "reconstructions"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name: calls.update({name: given}))
+    return calls
+
+
+def test_the_figures_of_a_fine_tuning_show_its_test_images(digits_folder, tmp_path, drawn, monkeypatch):
+    """Validation prefers epoch 1; of 3 images one was taken for another class."""
+
+    def prefer_first(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+        def validate(model: Any, epoch: int) -> dict[str, float]:
+            return {**task.validate(model, epoch), "accuracy": 1 / epoch}
+
+        return train(engine, folder, replace(task, validate=validate), *more)
+
+    monkeypatch.setattr(finetune, "train", prefer_first)
+    monkeypatch.setattr(finetune, "PICTURED", 3)
+    config = replace(recipes.finetune_smoke(), data=f"folder:{digits_folder}", blr=0.02, label_smoothing=0.0, **SMALL)
+    run, result = finetune.finetune(config, options=options(tmp_path / "run"))
+    test, names = load(config.data).test, tuple("0123456789")
+    assert test is not None and test.labels is not None
+    model: Any = load_model(run)[0]
+    probabilities = class_probabilities(model, test)
+    guesses = probabilities.argmax(1)
+    counts = torch.zeros(10, 10, dtype=torch.int64)
+    for truth, guess in zip(test.labels.tolist(), guesses.tolist(), strict=True):
+        counts[truth, guess] += 1
+    assert result["test"]["confusion"] == counts.tolist() != counts.T.tolist()
+    assert torch.equal(drawn["confusion"][1], counts) and drawn["confusion"][2] == names
+
+    _, rows, best = drawn["curves"]
+    assert best == result["best_epoch"] == 1 and [row["epoch"] for row in rows] == [1, 1, 2, 2]
+    _, images, truth, shares, class_names = drawn["predictions"]
+    assert len(images) == len(truth) == len(shares) == 3 and class_names == names
+    known = {image.numpy().tobytes(): i for i, image in enumerate(scale(test.images))}
+    places = torch.tensor([known[image.numpy().tobytes()] for image in images])
+    assert len(places.unique()) == 3 and truth == test.labels[places].tolist()
+    torch.testing.assert_close(shares, probabilities[places], atol=1e-4, rtol=0)
+    right = (guesses == test.labels)[places].tolist()
+    assert right == [True, True, False], "right ones first"
+
+
+def handed_to_the_loop(module: Any, start: Any, config: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    tasks: list[Task] = []
+
+    def no_training(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+        tasks.append(task)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(module, "train", no_training)
+    with pytest.raises(UsageError, match="enough"):
+        start(config, options=options(out))
+    return tasks[0]
+
+
+def test_the_loop_of_a_fine_tuning_gets_its_patience_and_decay_and_smooths(digits_folder, tmp_path, monkeypatch):
+    config = replace(
+        recipes.finetune_smoke(), data=f"folder:{digits_folder}", patience=3, layer_decay=0.6, label_smoothing=0.4,
+        drop_path=0.1, patch_drop=0.2, **SMALL,
+    )  # fmt: skip
+    task = handed_to_the_loop(finetune, finetune.finetune, config, tmp_path / "run", monkeypatch)
+    assert (task.patience, task.layer_decay, task.metric, task.higher_is_better) == (3, 0.6, "accuracy", True)
+    assert (task.spec.arguments["drop_path_rate"], task.spec.arguments["patch_drop_rate"]) == (0.1, 0.2)
+
+    class Sure(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[9.0, *[0.0] * 9]]).expand(len(x), -1)
+
+    train_set, _ = training_sets(load(config.data), config)
+    assert train_set.labels is not None
+    loss = finetune.make_step_loss(config, train_set, 10)
+    losses = [float(loss(Sure(), 0, part, 2)["loss"]) for part in (0, 1)]
+    whole = float(loss(Sure(), 0, 0, 1)["loss"])
+    assert sum(losses) / 2 == pytest.approx(whole, rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+    first = torch.tensor([9.0, *[0.0] * 9]).log_softmax(0)
+    smooth = -(0.6 * first + 0.4 * first.mean())  # by class: the loss of an image of it
+    assert min(abs(whole - float((k * smooth[0] + (16 - k) * smooth[1]) / 16)) for k in range(17)) < 1e-4
+
+
+def test_the_picture_of_a_pretraining_hides_what_its_training_hides(digits_folder, tmp_path, drawn):
+    config = replace(
+        recipes.pretrain_smoke(), data=f"folder:{digits_folder}", mask_ratio=0.4, norm_pix_loss=True, knn_every=0,
+        split_seed=2, seed=5, **SMALL,
+    )  # fmt: skip
+    run, result = pretrain.pretrain(config, options=options(tmp_path / "run"))
+    (_, [(title, shown, masked, rebuilt)]) = drawn["reconstructions"]
+    val = training_sets(load(config.data), config)[1]
+    assert torch.equal(shown, scale(pretrain.some(val, pretrain.PICTURED, 2).images))
+    model: Any = load_model(run)[0]
+    expected = reconstruct_images(model, shown, make_mask("random", (4, 4), len(shown), 0.4, 5))
+    assert torch.equal(masked, expected[0]) and title.startswith("7 of 16 patches hidden, masked MSE ")
+    torch.testing.assert_close(rebuilt, expected[1], atol=1e-4, rtol=0)
+    assert result["hidden"] == 7 and result["val"]["loss"] != pytest.approx(result["val"]["masked_mse"], rel=0.05)
+
+
+def test_the_loop_of_a_pretraining_chooses_by_the_loss_that_is_trained(digits_folder, tmp_path, monkeypatch):
+    config = replace(recipes.pretrain_smoke(), data=f"folder:{digits_folder}", **SMALL)
+    task = handed_to_the_loop(pretrain, pretrain.pretrain, config, tmp_path / "run", monkeypatch)
+    assert (task.metric, task.higher_is_better, task.patience, task.items) == ("loss", False, 0, 64)
+
+
+def test_the_mean_predictor_reads_ten_thousand_images_at_most_and_fewer_of_large_ones(mnist_small, monkeypatch):
+    for pixels in (2**27, 100 * 784, 7 * 784):
+        monkeypatch.setattr(pretrain, "_MEAN_OF", pixels)
+        some = pretrain.some(mnist_small.train, min(600, pixels // 784), 0)
+        expected = scale(some.images).var(dim=0, correction=0).mean()
+        assert pretrain.mean_predictor_mse(mnist_small.train, False, 7) == pytest.approx(float(expected), rel=1e-4)
