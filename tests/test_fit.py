@@ -162,13 +162,16 @@ def test_a_plan_that_is_none_is_named(fitted, photos, maelab: Maelab, tmp_path):
 def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Maelab, tmp_path):
     out = tmp_path / "fit"
     ended = maelab.run(
-        "fit", photos / "unlabelled" / "deeper", "--minutes", 0.02, *ONE, "--out", out, "--json", cwd=tmp_path
-    )
+        "fit", photos / "unlabelled" / "deeper", "--minutes", 0.02, *ONE, "--kernels", "torch", "--attention", "fused",
+        "--out", out, "--json", cwd=tmp_path,
+    )  # fmt: skip
     result = ended.json()
     assert result["model"] is None and "has no classes, so there is no classifier yet" in result["verdict"]
     assert f"maelab finetune folder --init {out / 'pretrain'}" in result["next"]
     assert (out / "reconstruction.png").exists() and (out / "report.html").exists()
     assert not (out / "scratch").exists()
+    hardware = json.loads((out / "pretrain" / "env.json").read_text())["hardware"]
+    assert "fused attention" in hardware and "native" not in hardware, "the options reach the runs"
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,21 @@ def test_a_verdict_says_when_not_every_image_was_seen(stage, tmp_path):
     assert result["verdict"].endswith("has 0.500.") and "see every image even once: give more --mi" in result["verdict"]
 
 
+def test_the_picture_and_the_page_are_of_the_runs_and_computed_as_asked(tmp_path, monkeypatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(fit, "reconstruct", lambda *given, **more: drawn.append((given, more)))
+    monkeypatch.setattr(fit, "report", lambda *given, **more: drawn.append((given, more)))
+    options = RunOptions(threads=3, attention="fused")
+    pretrain = {"val": {"masked_mse": 0.125}, "mean_predictor_loss": 0.5}
+    results = {"pretrain": pretrain, "finetune": outcome(0.7, 1, counts(9)), "scratch": outcome(0.7, 1, counts(9))}
+    result = fit._judge(found(), PLAN, tmp_path, results, options)
+    assert drawn == [
+        ((tmp_path / "pretrain",), {"out": tmp_path / "reconstruction.png", "options": options}),
+        (([tmp_path / stage for stage in ("finetune", "pretrain", "scratch")],), {"out": tmp_path / "report.html"}),
+    ]
+    assert (result["reconstruction"], result["report"]) == tuple(str(more["out"]) for _, more in drawn)
+
+
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
