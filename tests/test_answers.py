@@ -3,19 +3,21 @@ weights, on sets of which no class, image or parameter gives what another gives.
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_sets import MNIST, publish_small_sets
 
 from maelab import figures
 from maelab.config import RunOptions
 from maelab.data import ImageSet, load
 from maelab.data.batches import scale
 from maelab.data.images import read_all
-from maelab.errors import UsageError
+from maelab.errors import RunError, UsageError
 from maelab.inference import (
     attention_maps,
     attention_rollout,
@@ -27,6 +29,7 @@ from maelab.inference import (
 )
 from maelab.model.masks import make_mask
 from maelab.tasks import predict as predicting
+from maelab.tasks import reconstruct as reconstructing
 from maelab.tasks.attention import attention
 from maelab.tasks.evaluate import evaluate
 from maelab.tasks.features import features
@@ -275,10 +278,42 @@ def test_a_sweep_goes_from_a_tenth_to_nine_tenths(work, digits, exact, tmp_path,
     assert errors == said["masked_mse"] and baselines == said["visible_mean_mse"] and errors != baselines
 
 
-def test_an_animation_hides_one_patch_after_the_other_within_60_frames(work, digits, exact, tmp_path, drawn):
+def test_an_animation_hides_one_patch_after_the_other_within_60_frames(
+    work, digits, exact, tmp_path, drawn, monkeypatch
+):
     said = reconstruct(work / "mae", digits[:2], sweep=True, seed=2, out=tmp_path / "s.gif", options=CPU)
     ((_, frames),) = drawn
     assert list(said["hidden"].values()) == list(range(1, 16)) and len(frames) == 15
     for (_, x, before, _), (_, _, after, _) in itertools.pairwise(frames):
         assert not ((before == 0) & (after != 0)).any(), "each mask lies within the next"
         assert torch.equal(x, frames[0][1])
+    monkeypatch.setattr(reconstructing, "FRAMES", 5)
+    reconstruct(work / "mae", digits[:2], sweep=True, seed=2, out=tmp_path / "s.gif", options=CPU)
+    assert [title.split(" ")[0] for title, *_ in drawn[1][1]] == ["1", "4", "8", "12", "15"], "from one to all but one"
+
+
+def test_reconstructions_of_the_data_set_are_of_its_test_images_by_seed_and_count(work, digits_folder, tmp_path, drawn):
+    test = load(f"folder:{digits_folder}").test
+    assert test is not None
+    for seed, count in ((0, 3), (5, 4)):
+        reconstruct(work / "mae", count=count, seed=seed, out=tmp_path / "r.png", options=CPU)
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn[-1][1][0][1], scale(test.images[order[:count]]))
+
+
+def test_a_data_set_in_a_folder_of_the_persons_is_read_from_there(work, tmp_path, monkeypatch, drawn):
+    """Nothing is in the cache, and no source is known."""
+    publish_small_sets(tmp_path / "cache", monkeypatch)
+    (tmp_path / "data").mkdir()
+    for name, content in MNIST.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    shutil.copytree(work / "mae", tmp_path / "mae")
+    file = tmp_path / "mae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "mnist"}))
+    options = RunOptions(device="cpu", threads=1, kernels="torch", data_dir=tmp_path / "data")
+    assert evaluate(tmp_path / "mae", options=options)["images"] == 200
+    assert features(tmp_path / "mae", out=tmp_path / "f.npz", options=options)["images"] == 200
+    assert attention(tmp_path / "mae", count=2, out=tmp_path / "a.png", options=options)["images"] == 2
+    assert reconstruct(tmp_path / "mae", count=2, out=tmp_path / "r.png", options=options)["images"] == 2
+    with pytest.raises(RunError):
+        evaluate(tmp_path / "mae", options=CPU)

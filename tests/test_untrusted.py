@@ -1,18 +1,21 @@
 """Pickles that would run code, in every place where torch's reader of pickles comes in: they are refused, not run."""
 
+import json
 import os
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from processes import Maelab
 
-from maelab.errors import RunError
+from maelab.errors import RunError, UsageError
+from maelab.export import export
 from maelab.model import VisionTransformer
 from maelab.runs import commit
-from maelab.training.checkpoint import load_model, read_training
+from maelab.training.checkpoint import ModelSpec, load_model, read_training, save_model
 
 TINY = ("--limit", 40, "--batch-size", 20, "--threads", 1, "--kernels", "torch", "--epochs", 2)
 
@@ -73,3 +76,32 @@ def test_weights_of_others_run_nothing(form, name, tmp_path):
     with pytest.raises(RunError, match=r"is damaged or not safe to read: "):
         load_model(file.parent if "/" in name else file)
     would_run(file, trace)
+
+
+def test_compressed_records_are_refused_before_anything_is_unpacked(tmp_path):
+    """torch writes none; a few bytes of them could fill the memory."""
+    torch.save(VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1).state_dict(), tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(RunError, match="compressed records, which torch does not write"):
+        load_model(tmp_path / "b.pth")
+    load_model(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("eps", "taken"), [(1e-12, True), (1e-6, True), (1e-5, True), (2e-5, False), (1e-3, False)])
+def test_another_layer_norm_is_refused_from_a_hundred_thousandth_on(eps, taken, tmp_path):
+    model = VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1, num_classes=3)
+    save_model(tmp_path / "run", ModelSpec("VisionTransformer", {"img_size": 16, "embed_dim": 64, "depth": 1,
+               "num_heads": 1, "num_classes": 3}, "x"), model.state_dict())  # fmt: skip
+    export(tmp_path / "run", format="hf", out=tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_eps": eps}))
+    if taken:
+        load_model(tmp_path / "hf")
+    else:
+        with pytest.raises(UsageError, match="has another activation or layer norm than maelab's models"):
+            load_model(tmp_path / "hf")
