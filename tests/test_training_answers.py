@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from maelab import figures, recipes
-from maelab.config import RunOptions
+from maelab.config import ProbeConfig, RunOptions
 from maelab.data import load, training_sets
 from maelab.data.batches import scale
 from maelab.errors import UsageError
-from maelab.inference import class_probabilities, reconstruct_images
+from maelab.inference import class_probabilities, extract_features, knn_accuracy, reconstruct_images
 from maelab.model.masks import make_mask
-from maelab.tasks import finetune, pretrain
-from maelab.training.checkpoint import load_model
+from maelab.tasks import finetune, pretrain, probe
+from maelab.training.checkpoint import ModelSpec, load_model, save_model
 from maelab.training.loop import Outcome, Task, train
 
 SMALL: dict[str, Any] = {"precision": "fp32", "limit": 64, "batch_size": 16, "epochs": 2, "val_fraction": 0.2}
@@ -135,3 +135,49 @@ def test_the_mean_predictor_reads_ten_thousand_images_at_most_and_fewer_of_large
         some = pretrain.some(mnist_small.train, min(600, pixels // 784), 0)
         expected = scale(some.images).var(dim=0, correction=0).mean()
         assert pretrain.mean_predictor_mse(mnist_small.train, False, 7) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_probe_tells_validation_from_test_and_counts_its_neighbours(digits_folder, tmp_path, monkeypatch):
+    """k-NN with one, three and all neighbours; the linear classifier that the loop gets, set to random weights."""
+    torch.manual_seed(3)
+    arguments = {"img_size": (28, 28), "patch_size": 7, "in_chans": 1, "num_classes": 0, "embed_dim": 16, "depth": 1,
+                 "num_heads": 2}  # fmt: skip
+    spec = ModelSpec("VisionTransformer", arguments, f"folder:{digits_folder}")
+    save_model(tmp_path / "encoder", spec, spec.build().state_dict())
+    encoder: Any = load_model(tmp_path / "encoder")[0]
+    data = load(spec.data)
+    config = ProbeConfig(init=str(tmp_path / "encoder"), val_fraction=0.3, split_seed=4, batch_size=32, epochs=1,
+                         precision="fp32")  # fmt: skip
+    known, val = training_sets(data, config)
+    parts = {"val": val, "test": data.test}
+    found: dict[int, list[float]] = {}
+
+    def random_weights(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+        assert (task.metric, task.higher_is_better, task.items) == ("accuracy", True, len(known))
+        with torch.no_grad():
+            torch.nn.init.normal_(task.model.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+            return Outcome(1, 1, task.validate(task.model, 1), {}, 1.0, 1.0)
+
+    monkeypatch.setattr(probe, "train", random_weights)
+    monkeypatch.setattr(figures, "curves", lambda *_: None)
+    for k in (1, 3, len(known)):
+        _, result = probe.probe(replace(config, neighbours=k), options=options(tmp_path / f"run{k}"))
+        features = extract_features(encoder, known)
+        mean, deviation = features.mean(0), features.std(0)
+        weight = torch.nn.init.normal_(torch.empty(10, 16), generator=torch.Generator().manual_seed(0))
+        bias = load_bias(config.seed)
+        for name, part in parts.items():
+            assert part is not None and part.labels is not None and known.labels is not None
+            rows = extract_features(encoder, part)
+            expected = knn_accuracy(features, known.labels, rows, part.labels, k)
+            assert result[name]["knn_accuracy"] == pytest.approx(expected)
+            guesses = (((rows - mean) / deviation) @ weight.T + bias).argmax(1)
+            assert result[name]["accuracy"] == pytest.approx(float((guesses == part.labels).float().mean()))
+            found.setdefault(k, []).append(expected)
+    assert len({tuple(pair) for pair in found.values()}) == 3 and all(len(set(pair)) == 2 for pair in found.values())
+
+
+def load_bias(seed: int) -> torch.Tensor:
+    """What a linear layer of 16 features and 10 classes starts from."""
+    torch.manual_seed(seed)
+    return torch.nn.Linear(16, 10).bias.detach()
