@@ -17,6 +17,7 @@ from processes import environment
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from maelab import __version__
 from maelab.cli import main
 from maelab.data.batches import scale
 from maelab.data.images import read_all
@@ -318,6 +319,9 @@ def test_names_of_classes_are_text_that_other_tools_can_read(tmp_path):
     export(tmp_path / "model", format="onnx", out=tmp_path / "m.onnx")
     props = {prop.key: prop.value for prop in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
     assert json.loads(props["class_names"]) == text
+    assert json.loads(props["maelab"]) == __version__
+    about = json.loads(props["preprocessing"])
+    assert (about["channels"], about["height"], about["width"]) == (1, 28, 28)
     export(tmp_path / "model", format="timm", out=tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert json.loads(file.metadata()["maelab"])["class_names"] == text

@@ -93,3 +93,31 @@ def test_an_unknown_recipe_names_the_nearest(task, name, hint):
     with pytest.raises(UsageError) as refused:
         recipes.get(task, name)
     assert str(refused.value).startswith(hint)
+
+
+@pytest.mark.parametrize(("images", "grey"), [(100, False), (4_999, True), (5_000, False), (60_000, False)])
+def test_recipe_folder_fine_tunes_as_it_pretrains(images, grey):
+    before, after = recipes.pretrain_folder(images, 70, grey), recipes.finetune_folder(images, 70, grey)
+    for field in ("val_fraction", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "class_token",
+                  "batch_size", "optimizer", "crop_padding", "flip"):  # fmt: skip
+        assert getattr(before, field) == getattr(after, field), field
+    assert before.optimizer == "muon" and before.crop_padding == 72 // 8 and before.flip is not grey
+    assert before.embed_dim == (96 if images < 5_000 else 192) and before.depth == (6 if images < 50_000 else 12)
+    text = recipes.explain_folder(before, images, 70, grey)
+    assert f"chosen for {images} images: 72x72 pixels" in text and f"in batches of {before.batch_size}" in text
+    assert text.endswith(f"mirrored: {'no' if grey else 'yes'}") and ("1 channel;" in text) is grey
+
+
+@pytest.mark.parametrize(
+    ("images", "share"), [(1, 0.2), (5_000, 0.2), (8_000, 0.125), (12_500, 0.08), (20_000, 0.05), (10**6, 0.05)]
+)
+def test_about_a_thousand_images_are_for_validation_a_fifth_at_most_and_a_twentieth_at_least(images, share):
+    assert recipes.pretrain_folder(images).val_fraction == recipes.finetune_folder(images).val_fraction == share
+
+
+def test_a_patch_size_is_that_of_the_initial_weights_unless_they_are_resized():
+    init = pretrain.model_spec(recipes.pretrain_smoke(), data_of(recipes.pretrain_smoke()))
+    asked = replace(recipes.finetune_mnist(), init="x", patch_size=14)
+    assert finetune.with_encoder_of(asked, init).patch_size == init.arguments["patch_size"] == 7
+    resized = finetune.with_encoder_of(replace(asked, adapt_patch_embed="resize"), init)
+    assert resized.patch_size == 14 and resized.embed_dim == init.arguments["embed_dim"] == 32

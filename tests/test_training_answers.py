@@ -102,6 +102,9 @@ def test_the_loop_of_a_fine_tuning_gets_its_patience_and_decay_and_smooths(digit
     losses = [float(loss(Sure(), 0, part, 2)["loss"]) for part in (0, 1)]
     whole = float(loss(Sure(), 0, 0, 1)["loss"])
     assert sum(losses) / 2 == pytest.approx(whole, rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+    mixing = finetune.make_step_loss(replace(config, mixup=0.8, cutmix=1.0), train_set, 10)
+    mixed = [float(mixing(Sure(), 0, part, parts)["loss"]) for part, parts in ((0, 2), (1, 2), (0, 1))]
+    assert sum(mixed[:2]) / 2 == pytest.approx(mixed[2], rel=1e-5) and mixed[2] != pytest.approx(whole, rel=1e-3)
     first = torch.tensor([9.0, *[0.0] * 9]).log_softmax(0)
     smooth = -(0.6 * first + 0.4 * first.mean())  # by class: the loss of an image of it
     assert min(abs(whole - float((k * smooth[0] + (16 - k) * smooth[1]) / 16)) for k in range(17)) < 1e-4
