@@ -174,8 +174,11 @@ def test_a_probe_tells_validation_from_test_and_counts_its_neighbours(digits_fol
             rows = extract_features(encoder, part)
             expected = knn_accuracy(features, known.labels, rows, part.labels, k)
             assert result[name]["knn_accuracy"] == pytest.approx(expected)
-            guesses = (((rows - mean) / deviation) @ weight.T + bias).argmax(1)
-            assert result[name]["accuracy"] == pytest.approx(float((guesses == part.labels).float().mean()))
+            logits = ((rows - mean) / deviation) @ weight.T + bias
+            right = (logits.argmax(1) == part.labels).float().mean()
+            assert result[name]["accuracy"] == pytest.approx(float(right))
+            expected_loss = torch.nn.functional.cross_entropy(logits, part.labels)
+            assert result[name]["loss"] == pytest.approx(float(expected_loss), rel=1e-3)
             found.setdefault(k, []).append(expected)
     assert len({tuple(pair) for pair in found.values()}) == 3 and all(len(set(pair)) == 2 for pair in found.values())
 
