@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maelab.errors import RunError
+from maelab.files import parse_json
 from maelab.runs.checkpoints import PORTABLE, commit, find_checkpoint
 from maelab.runs.ensure import CONFIG, ENVIRONMENT, RESULT, config_of, environment_of, is_complete, result_of
-from maelab.files import parse_json
 from maelab.runs.files import write_atomically, write_json
 from maelab.runs.listing import METRICS, SWEEP, find_runs, find_sweeps, read_metrics, sweep_of
 
