@@ -379,9 +379,10 @@ def bench(
     """
     if unknown := set(names) - cases().keys() - SERVING.keys():
         raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join([*cases(), *SERVING])}")
-    if repeats < 1:
-        raise UsageError(f"--repeats must be at least 1, got {repeats}")
     check_count("--repeats", repeats, 1, 10_000)
+    readme = Path(out or ".") / "README.md"
+    if out is not None and readme.exists() and _HEAD not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"--out {out} has a README.md that is no table of speeds; name another folder")
     if threads is not None:
         check_count("--threads", threads, 1, 1024)
         torch.set_num_threads(threads)
@@ -415,11 +416,14 @@ def bench(
     return result
 
 
+_HEAD = "| date | case |"
+
+
 def _append_rows(readme: Path, result: dict[str, Any]) -> None:
     """Add a line for each case at the end of the table in `readme`."""
     text = readme.read_text() if readme.exists() else "# Speed\n\n"
-    if "| date |" not in text:
-        text += "| date | case | " + " | ".join(COLUMNS.values()) + " | threads | commit |\n"
+    if _HEAD not in text:
+        text += f"{_HEAD} " + " | ".join(COLUMNS.values()) + " | threads | commit |\n"
         text += "|---" * (len(COLUMNS) + 4) + "|\n"
     versions = result["environment"]
     for case in [case for case in result["cases"] if COLUMNS.keys() <= case.keys()]:

@@ -513,7 +513,7 @@ def test_debug_shows_where(work, maelab):
 
 
 def test_too_large_for_memory(maelab, tmp_path, digits_folder):
-    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", *SMALL, "--embed-dim", 1_000_000)
+    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", *SMALL, "--embed-dim", 65_536, "--depth", 1000)
     assert maelab.run(*line, cwd=tmp_path).error().startswith("there is not enough memory; try a smaller --batch-size")
 
 

@@ -289,7 +289,7 @@ def test_serving_without_torch(name, exported, digits_folder):
         ("--format timm --out a.png", "--out a.png: the format is a file; give a name that ends in .safetensors"),
         ("--format hf --int8", "--int8 goes with --format onnx, not hf"),
         ("--format onnx --out run", "--out run exists; remove it or choose another name"),
-        ("--format pickle", "invalid choice 'pickle' for argument '--format'"),
+        ("--format pickle", "--format must be onnx, timm, hf or safetensors, got 'pickle'"),
     ],
 )
 def test_bad_usage(flags, message, tmp_path, maelab):

@@ -201,3 +201,11 @@ def test_commands_that_write_one_thing_leave_a_folder_alone(line, maelab, work, 
     before = surround(tmp_path / "mine")
     ended = maelab.run(*line, "--out", tmp_path / "mine", cwd=work)
     assert ended.status == 2 and everything(tmp_path / "mine") == before, ended
+
+
+def test_a_bench_adds_no_table_to_somebodys_readme(maelab, tmp_path):
+    before = surround(tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("# My project\n")
+    ended = maelab.run("bench", "mae-mnist", "--out", "mine", cwd=tmp_path)
+    assert ended.status == 2 and "is no table of speeds" in ended.error(), ended
+    assert everything(tmp_path / "mine") == before | {"README.md": b"# My project\n"}

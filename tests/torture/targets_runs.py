@@ -14,7 +14,7 @@ import torch
 from engine import JSON_TOKENS, Target
 from safetensors.torch import save, save_file
 
-from maelab import cli, fit, weights
+from maelab import fit, printing, weights
 from maelab.errors import UsageError
 from maelab.files import parse_json, read_json
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -81,7 +81,7 @@ def into_run(name: str) -> Feed:
         rows = listing.summaries(place)
         listing.select(rows, ["epochs>0", "recipe!=x"], "seed")
         if rows:
-            cli._table(rows, [c for c in cli._COLUMNS if any(c in row for row in rows)])
+            printing._table(rows, [c for c in printing._COLUMNS if any(c in row for row in rows)])
         json.dumps(rows)
         runs, _, _ = groups.load([place])
         for family in groups.families(runs):

@@ -12,7 +12,7 @@ from engine import JSON_TOKENS, Target
 from PIL import Image
 from targets_data import IMAGE_TOKENS, pictures, publish_all
 
-from maelab import cli, names
+from maelab import cli, commandline, names
 from maelab.data import images
 from maelab.demo import guard, logic
 from maelab.errors import RunError, UsageError
@@ -186,7 +186,7 @@ def feed_paths(content: bytes, place: Path) -> None:
     before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(content))
     try:
         read = 0
-        for batch in images.read_batches(cli._with_stdin(["-"]), (4, 4), 1, 16):
+        for batch in images.read_batches(commandline._with_stdin(["-"]), (4, 4), 1, 16):
             for path, image in batch:
                 assert isinstance(image, str) or image.shape == (1, 4, 4)
                 assert names.visible(path).isprintable() or True
