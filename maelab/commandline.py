@@ -26,6 +26,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from maelab import config
 from maelab.errors import UsageError
+from maelab.names import short
 
 REQUIRED = dataclasses.MISSING
 _NAMES = {**vars(typing), **vars(collections.abc), **vars(config)}  # what annotations and defaults are written in
@@ -84,7 +85,9 @@ class Option:
             near = difflib.get_close_matches(words[-1], choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             got = " ".join(words)
-            raise UsageError(f"{self.label} must be {wanted}{', or None' * optional}, got {got!r}{hint}") from None
+            raise UsageError(
+                f"{self.label} must be {wanted}{', or None' * optional}, got {short(repr(got), 60)}{hint}"
+            ) from None
         values = tuple(value == "true" for value in values) if kind is bool else values
         return values[0] if count == 1 else values
 

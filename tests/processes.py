@@ -166,8 +166,8 @@ def _exit(main: Callable[[], int]) -> NoReturn:
 def _serve() -> None:
     # What a command imports or builds only when it runs is done here too, so that each fork has it.
     import numpy.random  # noqa: F401
-    import torch._dynamo  # noqa: F401 - the first step of an optimizer asks for it
-    import torch.distributed  # noqa: F401
+    import torch._dynamo
+    import torch.distributed
     import torch.utils.tensorboard  # noqa: F401
 
     from maelab import figures, fit  # noqa: F401

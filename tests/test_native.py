@@ -261,6 +261,7 @@ OTHERS = {  # what leaves the compiler only these, and what the processor must h
 
 
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.parametrize("units", OTHERS)
 def test_the_same_holds_on_lesser_units(tmp_path, units: str):
     options, needed = OTHERS[units]
