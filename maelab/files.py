@@ -1,6 +1,9 @@
-"""JSON of limited size and depth: the one way in which maelab reads what somebody else may have written."""
+"""Folders that others cannot write to; and JSON of limited size and depth, the one way in which maelab reads what
+somebody else may have written."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,22 @@ from maelab.errors import RunError
 LARGEST_JSON = 2**26  # bytes; what is larger was not written by maelab
 LARGEST_INT = 2**64  # more digits were not written by maelab either, and no float holds them
 DEEPEST = 32  # objects and lists inside each other; functions that go through them call themselves as often
+
+
+def make_folder(folder: Path, mode: int = 0o755) -> None:
+    """Make a folder and those above it that are missing, so that nobody else may write there, whatever the umask.
+
+    Args:
+        folder: may be there already, and then stays as it is.
+        mode: of the folder itself, at the most.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    for place in [*reversed(folder.parents), folder]:
+        if not os.path.lexists(place):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                place.mkdir(mode=mode if place == folder else 0o755)
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -1,5 +1,6 @@
 """Large folders, decoded once into a file of the cache."""
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from maelab.data.augment import augment
 from maelab.data.batches import in_batches, step_generator
 from maelab.data.sets import MappedImages
 from maelab.errors import RunError
+from maelab.files import make_folder
 
 
 @pytest.fixture
@@ -93,3 +95,15 @@ def test_a_full_disk_is_said_before_decoding(cifar_folder, mapped: Path, monkeyp
     with pytest.raises(RunError, match=r"200 decoded images need .* set MAELAB_DATA"):
         load(f"folder:{cifar_folder}")
     assert not list(mapped.glob("*.part")) and not list(mapped.glob("*.uint8"))
+
+
+def test_the_cache_is_nobody_elses_to_write_to(tmp_path):
+    """Where the umask lets a group write, the kernels that lie beside the data would not be loaded."""
+    before = os.umask(0o002)
+    try:
+        make_folder(tmp_path / "a" / "b")
+        make_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    for made in (tmp_path / "a", tmp_path / "a" / "b"):
+        assert made.stat().st_mode & 0o777 == 0o755

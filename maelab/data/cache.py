@@ -16,7 +16,7 @@ from maelab.data.layout import File, fingerprint_of
 from maelab.data.sources import cache_dir
 from maelab.data.splits import KEY_BYTES
 from maelab.errors import RunError
-from maelab.files import read_json
+from maelab.files import make_folder, read_json
 
 _LARGEST_NOTE = 2**30  # bytes; an image takes about 40
 
@@ -43,7 +43,7 @@ def read_cached(
     name = hashlib.sha256(f"{about} {fingerprint}".encode(errors="surrogateescape")).hexdigest()[:32]
     pixels, note = folder / f"{name}.uint8", folder / f"{name}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with FileLock(folder / f"{name}.lock"):
             known = _read_note(note)
             if not _is_whole(known, pixels):

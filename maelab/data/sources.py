@@ -29,7 +29,7 @@ import numpy as np
 from maelab.data.checksums import FILES, SHA256
 from maelab.data.formats import MAX_FILE, cifar_binary, gunzip, read_cifar_pickle, read_png_sheet
 from maelab.errors import RunError, UsageError
-from maelab.files import parse_json
+from maelab.files import make_folder, parse_json
 
 NAMES = ("mnist", "fashion-mnist", "cifar10")
 
@@ -159,7 +159,7 @@ def _line(text: str) -> str:
 def _fill_cache(name: str, folder: Path) -> dict[str, bytes]:
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder.parent / f"{name}.lock")
     try:
         lock.acquire(timeout=0)

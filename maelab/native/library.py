@@ -1,6 +1,5 @@
 """The compiled kernels: built once by the machine's own compiler, loaded from no folder that others can write to."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from maelab.files import make_folder
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
@@ -92,10 +93,7 @@ def _private_cache() -> Path:
     """
     cache = _cache_dir()
     folder = Path(os.path.realpath(cache.parent)) / cache.name / "native"
-    for place in [*reversed(folder.parents), folder]:
-        if not os.path.lexists(place):
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                place.mkdir(mode=0o700 if place == folder else 0o755)  # whatever the umask, no one else may write there
+    make_folder(folder, 0o700)
     _check_folder(folder)
     return folder
 
