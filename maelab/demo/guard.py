@@ -4,6 +4,7 @@ Gradio can do much that this page does not need: it takes files by their path or
 requests, and believes what headers say of proxies. The guard lists what may pass, not what may not.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -75,10 +76,12 @@ class Guard:
             await send(message)
 
         async def answer(status: int, why: str) -> None:
-            if not started:
-                headers = [(b"content-type", b"text/plain")]
-                await send_with_policy({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": why.encode()})
+            headers = [(b"content-type", b"text/plain")]
+            # A body that breaks the protocol on its way has been answered by the server itself: it takes no other word.
+            with contextlib.suppress(Exception):
+                if not started:
+                    await send_with_policy({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": why.encode()})
 
         try:
             scope, receive = await self._checked(scope, receive)
