@@ -63,7 +63,7 @@ def emit(output: Output, result: Any, *lines: str, styled: bool = False) -> None
 
 def reader_has_gone() -> bool:
     """Whether nobody reads stdout any more, as behind `| head`: any other pipe that breaks is a failure."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows has no poll
         poll = select.poll()
         poll.register(sys.stdout, 0)
         return bool(poll.poll(0))

@@ -105,7 +105,9 @@ class _Rank:
         if code == -signal.SIGTERM and asked:  # before it could listen
             return math.inf, KeyboardInterrupt()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        hint = "; if memory ran out, try a smaller --batch-size or --accumulate 2" if code == -signal.SIGKILL else ""
+        hint = (
+            "; if memory ran out, try a smaller --batch-size or --accumulate 2" if code == -9 else ""
+        )  # SIGKILL, which Windows lacks
         return -math.inf, RunError(f"process {self.number} of the run {how}{hint}")
 
 
