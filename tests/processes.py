@@ -167,8 +167,9 @@ def _serve() -> None:
     # What a command imports or builds only when it runs is done here too, so that each fork has it.
     import numpy.random  # noqa: F401
     import torch._dynamo
-    import torch.distributed
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.distributed  # noqa: F401
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
+    from tensorboard.summary.writer import record_writer  # noqa: F401
 
     from maelab import figures, fit  # noqa: F401
     from maelab.cli import main

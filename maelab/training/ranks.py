@@ -105,9 +105,8 @@ class _Rank:
         if code == -signal.SIGTERM and asked:  # before it could listen
             return math.inf, KeyboardInterrupt()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        hint = (
-            "; if memory ran out, try a smaller --batch-size or --accumulate 2" if code == -9 else ""
-        )  # SIGKILL, which Windows lacks
+        memory = code == -9  # SIGKILL, whose name Windows lacks
+        hint = "; if memory ran out, try a smaller --batch-size or --accumulate 2" if memory else ""
         return -math.inf, RunError(f"process {self.number} of the run {how}{hint}")
 
 

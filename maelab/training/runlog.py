@@ -23,7 +23,7 @@ from maelab.runs.checkpoints import gone
 from maelab.runs.listing import METRICS
 from maelab.training.checkpoint import weights_sha256
 from maelab.training.parallel import Engine
-from maelab.training.trackers import Tracker, open_tracker, tensorboard
+from maelab.training.trackers import Events, Tracker, open_tracker
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -147,7 +147,7 @@ class RunLog:
                 say(f"{place} was cut or changed since the checkpoint: its rows are written again from there")
             self._file = open(place, "a+b")  # noqa: SIM115 - closed by close()
             self._file.truncate(len(kept))
-            self._tensorboard = tensorboard(folder, purge_from=epoch + 1)
+            self._events = Events(folder, purge_from=epoch + 1)
             self._tracker = tracker
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -178,11 +178,9 @@ class RunLog:
         self._file.write(row.encode())
         self._file.flush()
         named = {f"{split}/{k}": v for k, v in values.items()}
-        for name, value in named.items():
-            self._tensorboard.add_scalar(name, value, epoch)
+        self._events.log(named, epoch)
         if self._tracker is not None:
             self._tracker.log(named, epoch)
-        self._tensorboard.flush()  # its thread prints a traceback if the folder goes while it has work
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -192,7 +190,6 @@ class RunLog:
     def close(self) -> None:
         """Take the bar away and close the files."""
         self._bar.stop()
-        if self._file is not None and self._folder is not None:
+        if self._file is not None:
             self._file.close()
-            if self._folder.is_dir():
-                self._tensorboard.close()
+            self._events.close()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,11 +28,33 @@ class Tracker(Protocol):
     def finish(self, done: bool) -> None: ...
 
 
-def tensorboard(folder: Path, purge_from: int) -> Any:
-    """Writer of TensorBoard events into `folder`; events of an earlier process from step `purge_from` on are hidden."""
-    from torch.utils.tensorboard import SummaryWriter
+class Events:
+    """TensorBoard events of a run, written at once through one open file: neither a thread nor the folder is needed."""
 
-    return SummaryWriter(folder, purge_step=purge_from, filename_suffix=EVENTS)
+    def __init__(self, folder: Path, purge_from: int) -> None:
+        """Begin a file of events in `folder`; events of an earlier process from step `purge_from` on are hidden."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}.{uuid.uuid4().hex[:8]}{EVENTS}"
+        self._file = open(folder / name, "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._file)
+        self._event: Any = event_pb2  # generated: no types
+        self._summary: Any = summary_pb2
+        self._write(file_version="brain.Event:2")
+        self._write(session_log=self._event.SessionLog(status=self._event.SessionLog.START), step=purge_from)
+
+    def log(self, values: Mapping[str, float], epoch: int) -> None:
+        """Write these values for this epoch."""
+        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(summary=self._summary.Summary(value=scalars), step=epoch)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
 
 
 @contextlib.contextmanager
