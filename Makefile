@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench results page torture clean
+.PHONY: install quickstart test kernels check bench results page torture clean
 
 # What running needs; test and check add the rest. Stamps keep a second call instant.
-.venv/.base: pyproject.toml constraints.txt
+.venv/.base: pyproject.toml constraints.txt setup.py $(wildcard maelab/native/kernels/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maelab needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
@@ -21,6 +21,16 @@ quickstart: .venv/.base
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+# Every variant of the native kernels that runs here or under qemu-aarch64, the wheel, and the plain variant sanitized.
+SANITIZED := build/sanitized
+kernels: .venv/.dev
+	$(BIN)/python -m pytest -m 'slow or not slow' -n 0 tests/test_native.py
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r maelab tests pyproject.toml setup.py $(SANITIZED)
+	CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' \
+	$(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	cd $(SANITIZED) && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 MAELAB_NATIVE=portable PYTHONPATH=. ../../$(BIN)/python -m pytest -n 0 tests/test_fast.py
 
 bench: .venv/.dev
 	$(BIN)/maelab bench --out bench

@@ -84,9 +84,10 @@ def _our_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: s
     else:
         model = finetune.model_spec(config, dataset).build()
     model.to(device).train()
-    bf16 = choose_precision(config.precision, device) == "bf16"
-    if bf16 and device == "cpu":
-        blocks.install(model)
+    precision = choose_precision(config.precision, device)
+    bf16 = precision == "bf16"
+    if precision != "fp32" and device == "cpu":
+        blocks.install(model, always=not bf16)
     optimizers = build_optimizers(model, config)
 
     def step(number: int) -> None:

@@ -348,7 +348,7 @@ class ComputeOptions(_Config):
     threads: int | None = None
     """CPU threads; None takes one per core"""
     kernels: Literal["auto", "torch"] = "auto"
-    """auto: maelab's own kernels for bf16 on a CPU with AMX or AVX-512 and a C compiler; torch: never those"""
+    """auto: maelab's own kernels, in 16 bits, on a CPU with AVX2 or more, or NEON; torch: never those"""
     attention: Literal["auto", "matmul", "fused"] = "auto"
     """form of attention outside those kernels; auto: products in training on a CPU, else torch's fused kernel"""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -29,7 +29,7 @@ def block_with_spread(dim: int, heads: int, **options) -> Block:
     block = Block(dim, heads, **options)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.08 if p.ndim > 1 else 0.3)
-    block.fast = blocks.run
+    block.fast = blocks.run_under_autocast
     return block
 
 
@@ -192,7 +192,7 @@ def test_whole_models(class_token: bool):
 
 def test_what_does_not_fit_takes_the_plain_path():
     block, x = block_with_spread(96, 3), torch.randn(2, 5, 96)
-    assert blocks.run(block, x) is None  # float32
+    assert blocks.run_under_autocast(block, x) is None  # float32
     assert not taken(block, x.double()) and not taken(block_with_spread(40, 2), torch.randn(2, 5, 40))
     for tail in (0, -1, 6):
         assert not taken(block, x, tail)
@@ -221,7 +221,29 @@ def test_muon_steps_like_torch():
         assert error(a, t) < 0.02  # both are five steps in bfloat16; each is off by about 0.01
 
 
-def test_muon_takes_odd_shapes_the_plain_way():
+def test_muon_in_float32_is_the_formula(monkeypatch):
+    """Five steps of x = a x + (b G + c G G) x with G = x x^T (Jordan et al. 2024), in float64."""
+    monkeypatch.setattr("maelab.native.muon.torch_multiplies_bf16", lambda: False)
+    for rows, cols in [(10, 24), (24, 10), (96, 96)]:
+        weight = torch.nn.Parameter(torch.randn(rows, cols))
+        before, momentum = weight.detach().double(), torch.zeros(rows, cols, dtype=torch.float64)
+        optimizer = native.Muon([weight], lr=0.02, weight_decay=0.1, momentum=0.95, kernels=False)
+        for _ in range(2):
+            weight.grad = torch.randn(rows, cols)
+            optimizer.step()
+            momentum = 0.95 * momentum + 0.05 * weight.grad.double()
+            x = 0.05 * weight.grad.double() + 0.95 * momentum
+            x /= x.norm()
+            for _ in range(5):
+                side = x @ x.T
+                x = 3.4445 * x + (-4.7750 * side + 2.0315 * side @ side) @ x
+            before = before * (1 - 0.02 * 0.1) - 0.02 * max(1, rows / cols) ** 0.5 * x
+        assert error(weight.detach(), before.float()) < 1e-5
+        assert optimizer.state[weight]["momentum_buffer"].dtype is torch.float32
+
+
+def test_muon_takes_odd_shapes_the_plain_way(monkeypatch):
+    monkeypatch.setattr("maelab.native.muon.torch_multiplies_bf16", lambda: True)
     weight = torch.nn.Parameter(torch.randn(10, 24))
     other = torch.nn.Parameter(weight.detach().clone())
     weight.grad = other.grad = torch.randn(10, 24)
@@ -236,7 +258,7 @@ def test_muon_takes_odd_shapes_the_plain_way():
 def test_nothing_of_what_memory_held_before_reaches_a_result(D: int, heads: int, L: int, monkeypatch):
     """The workspace is never cleared: fill it with bits that mean not-a-number, and nothing may change."""
     block, x = Block(D, heads), torch.randn(5, L, D)
-    block.fast = blocks.run
+    block.fast = blocks.run_under_autocast
     plain_workspace, plain_empty, results = native_block.workspace, torch.empty, []
     for filling in (0, 255):
 
@@ -451,8 +473,9 @@ def test_a_parameter_changed_before_the_backward_pass_is_noticed(by: str):
 
 
 @needs_kernels
-def test_muon_reads_no_state_of_another_layout():
+def test_muon_reads_no_state_of_another_layout(monkeypatch):
     """As a checkpoint file may hold it."""
+    monkeypatch.setattr("maelab.native.muon.torch_multiplies_bf16", lambda: True)
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(64, 32))
     other = copy.deepcopy(weight)

@@ -46,6 +46,13 @@ def test_golden_curve(name, tmp_path):
     assert losses == pytest.approx(GOLDEN["losses"][name], rel=CURVES[name].tolerance)
 
 
+def test_muon_in_float32_learns_the_same(tmp_path):
+    name = "pretrain-pixels-muon"
+    losses = record(CURVES[name], tmp_path, muon_in_bf16=False)
+    assert losses == pytest.approx(GOLDEN["losses"][name], rel=5 * CURVES[name].tolerance)
+    assert losses != pytest.approx(GOLDEN["losses"][name], rel=1e-6), "it was another arithmetic"
+
+
 def tiny_pretrain(folder: Path, **changes) -> PretrainConfig:
     config = replace(recipes.pretrain_smoke(), data=f"folder:{folder}", precision="fp32", limit=96, batch_size=32)
     return replace(config, **changes)

@@ -1,295 +1,208 @@
-"""Building and loading the native kernels: from private folders only, and with one line wherever that fails."""
+"""The native kernels: built with the package, chosen by the processor, equal in every variant."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import setup
 from maelab import native
 from maelab.model.vit import Block
 from maelab.native import library
 from maelab.training import blocks
 
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "maelab" / "native" / "kernels"
+X86 = tuple(setup.VARIANTS["x86_64"])
 needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels of this machine, as a file of the name that the cache expects."""
-    folder = tmp_path_factory.mktemp("built")
-    code = "from maelab import native; assert native.available(), native.reason()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "MAELAB_DATA": str(folder)}, check=True)
-    (file,) = (folder / "native").iterdir()
-    return file
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that leaves a file, $MARK, as soon as it is loaded."""
-    source = tmp_path_factory.mktemp("foreign") / "foreign.c"
-    source.write_text(
-        "#include <stdio.h>\n#include <stdlib.h>\n"
-        '__attribute__((constructor)) static void run(void) { fclose(fopen(getenv("MARK"), "w")); }\n'
-    )
-    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))], check=True)
-    return source.with_suffix(".so")
-
-
-def script(path: Path, commands: str) -> str:
-    path.write_text(f"#!/bin/sh\n{commands}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def copying(built: Path) -> str:
-    """What a compiler has to do, in a script's words, but at once."""
-    return f'for last; do :; done\ncp "{built}" "$last"'
-
-
-@pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a cache and temporary files of its own, in which nothing was loaded yet."""
-    for name in ("above", "above/cache", "temporary"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("MAELAB_DATA", str(tmp_path / "above" / "cache"))
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    library.load.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    library.load.cache_clear()
-
-
-# ------------------------------------------------------------------------------------------------- what is not trusted
-
-
-def mode(number: int, *names: str) -> Callable[[Path, Path], None]:
-    def change(cache: Path, file: Path) -> None:
-        for name in names:
-            {"above": cache.parent, "cache": cache, "native": file.parent, "file": file}[name].chmod(number)
-
-    return change
-
-
-def linked(name: str) -> Callable[[Path, Path], None]:
-    def change(cache: Path, file: Path) -> None:
-        path = {"cache": cache, "native": file.parent, "file": file}[name]
-        path.symlink_to(path.rename(cache.with_name("elsewhere")))
-
-    return change
-
-
-def given_away(name: str) -> Callable[[Path, Path], None]:
-    return lambda cache, file: os.chown({"above": cache.parent, "native": file.parent, "file": file}[name], 12345, -1)
-
-
-UNSAFE = {
-    "a folder above that all can write to": mode(0o777, "above"),
-    "a cache that all can write to": mode(0o777, "cache"),
-    "a sticky cache, as /tmp, in which all can make 'native'": mode(0o1777, "cache", "native"),
-    "a sticky folder of the file": mode(0o1777, "native"),
-    "a cache of a group": mode(0o775, "cache"),
-    "a folder of a group": mode(0o770, "native"),
-    "a file of a group": mode(0o775, "file"),
-    "a file that all can write to": mode(0o757, "file"),
-    "a link for the cache": linked("cache"),
-    "a link for the folder": linked("native"),
-    "a link for the file": linked("file"),
-}
-GIVEN = {f"{name} of another user": given_away(name) for name in ("above", "native", "file")}
+def compare(tmp_path: Path, compiler: str = "cc") -> Path:
+    """The program that runs two variants on the same random blocks, compiled."""
+    program = tmp_path / "compare"
+    source = ROOT / "tests" / "native" / "compare.c"
+    command = [compiler, "-O2", "-Wall", "-Werror", f"-I{KERNELS}", str(source), "-o", str(program), "-ldl", "-lm"]
+    subprocess.run(command, check=True)
+    return program
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", [*UNSAFE, *(pytest.param(name, marks=needs_root) for name in GIVEN)])
-def test_nothing_is_loaded_from_where_others_can_write(room, built, foreign, monkeypatch, capfd, case: str):
-    file = room / "above" / "cache" / "native" / built.name
-    file.parent.mkdir(mode=0o700)
-    file.write_bytes(foreign.read_bytes())
-    file.chmod(0o700)
-    {**UNSAFE, **GIVEN}[case](room / "above" / "cache", file)
-    monkeypatch.setenv("CC", script(room / "cc", copying(built)))
-    assert native.available(), native.reason()
-    assert not (room / "mark").exists(), "the foreign library has run"
-    assert file.read_bytes() == foreign.read_bytes()
-    assert not list((room / "temporary").iterdir())
-    assert capfd.readouterr() == ("", "")  # no waiting, nothing to say
+@pytest.mark.parametrize("variant", [name for name in X86 if name != "portable"])
+def test_every_variant_computes_the_same(tmp_path, variant: str):
+    done = subprocess.run([compare(tmp_path), library.LIBRARY, variant, "portable"], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0 and done.stdout.count("\n") == 15, done.stdout + done.stderr
 
 
-@needs_kernels
-def test_from_a_private_folder_it_is_loaded(room, built, foreign):
-    """Otherwise the test above would prove nothing."""
-    file = room / "above" / "cache" / "native" / built.name
-    file.parent.mkdir(mode=0o700)
-    file.write_bytes(foreign.read_bytes())
-    file.chmod(0o700)
-    assert not native.available() and native.reason().startswith("cannot build the kernels: ")
-    assert (room / "mark").exists()
-
-
-@needs_kernels
-@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
-def test_what_is_built_stays_private_and_serves_again(room, built, monkeypatch, umask: int):
-    (room / "shared").mkdir()
-    (room / "shared").chmod(0o1777)
-    monkeypatch.setenv("MAELAB_DATA", str(room / "shared" / "new" / "cache"))
-    monkeypatch.setenv("CC", script(room / "cc", copying(built)))
-    before = os.umask(umask)
-    try:
-        assert native.available(), native.reason()
-    finally:
-        os.umask(before)
-    folder = room / "shared" / "new" / "cache" / "native"
-    assert [path.name for path in folder.iterdir()] == [built.name]
-    assert folder.stat().st_mode & 0o777 == 0o700 and not (folder / built.name).stat().st_mode & 0o022
-    assert not (folder.parent.stat().st_mode | folder.parents[1].stat().st_mode) & 0o022
-    library.load.cache_clear()
-    monkeypatch.setenv("CC", "false")
-    assert native.available(), native.reason()
-
-
-@needs_kernels
-def test_a_long_build_that_is_thrown_away_is_explained(room, built, monkeypatch, capfd):
-    (room / "above" / "cache").chmod(0o777)
-    monkeypatch.setenv("CC", script(room / "cc", copying(built)))
-    monkeypatch.setattr(library, "NOTICED_SECONDS", 0.0)
-    assert native.available()
-    out, err = capfd.readouterr()
-    why = f"{room / 'above' / 'cache'} is writable by others (chmod go-w)"
-    assert (out, err) == ("", f"note: the native kernels were built for this process alone: {why}\n")
-    assert native.available() and capfd.readouterr().err == ""
-
-
-@needs_kernels
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere", ""])
-def test_without_a_cache_the_kernels_are_built_for_the_process(room, built, monkeypatch, place: str):
-    (room / "file").touch()
-    monkeypatch.setenv("MAELAB_DATA", str(room / place) if place else "")
-    if not place:  # no home either
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setenv("HOME", "/proc/nobody")
-    monkeypatch.setenv("CC", script(room / "cc", copying(built)))
-    assert native.available(), native.reason()
-    assert not list((room / "temporary").iterdir())
-
-
-@needs_kernels
-def test_without_any_private_folder_there_are_no_kernels(room, built, monkeypatch):
-    for name in ("above/cache", "temporary"):
-        (room / name).chmod(0o777)
-    monkeypatch.setenv("CC", script(room / "cc", copying(built)))
-    assert not native.available()
-    assert native.reason().startswith("no private folder to build the kernels in: ")
-    assert native.reason().count("writable by others") == 2 and "\n" not in native.reason()
-
-
-# ----------------------------------------------------------------------------------------------------------- compilers
-
-
-@needs_kernels
-@pytest.mark.parametrize("words", ["{} --", "'{}' -pipe", "env X=1 {}"])
-def test_a_compiler_of_several_words(room, built, monkeypatch, words: str):
-    (room / "my tools").mkdir()
-    compiler = script(room / ("my tools/cc" if "'" in words else "cc"), copying(built))
-    monkeypatch.setenv("CC", words.format(compiler))
-    assert native.available(), native.reason()
-
-
-FAILING = {
-    "no-such-compiler -O": "cannot start the C compiler 'no-such-compiler': No such file or directory; set CC",
-    "'": "cannot read the command in CC: No closing quotation",
-    "false": "the C compiler failed: exit status 1",
-    "true": "the C compiler failed: exit status 0",
-    "sh -c 'echo one >&2; echo two; echo three >&2; exit 3'": "the C compiler failed: three",
-    "sh -c 'sleep 600 & sleep 600'": "the C compiler did not end within 0.2 s",
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("compiler", FAILING)
-def test_a_compiler_that_is_missing_fails_or_hangs_is_one_line(room, monkeypatch, capfd, compiler: str):
-    monkeypatch.setenv("CC", compiler)
-    if "sleep" in compiler:
-        monkeypatch.setattr(library, "BUILD_SECONDS", 0.2)
-    assert (native.available(), native.reason()) == (False, FAILING[compiler])
-    assert capfd.readouterr() == ("", "")
-    assert not list((room / "above" / "cache" / "native").iterdir())
-
-
-@needs_kernels
-def test_nothing_of_a_compiler_that_hangs_stays(room, monkeypatch):
-    monkeypatch.setenv("CC", script(room / "cc", f"sleep 600 & echo $! > {room / 'child'}\nwait"))
-    monkeypatch.setattr(library, "BUILD_SECONDS", 1.0)
-    assert not native.available()
-    status = Path(f"/proc/{(room / 'child').read_text().strip()}/status")
-    assert not status.exists() or "zombie" in status.read_text()
-
-
-@needs_kernels
-def test_what_is_no_library_is_not_loaded(room, monkeypatch):
-    monkeypatch.setenv("CC", script(room / "cc", 'for last; do :; done\necho nonsense > "$last"'))
-    assert not native.available()
-    assert native.reason().startswith("cannot build the kernels: ") and "\n" not in native.reason()
-
-
-@pytest.mark.parametrize("setting", [("CC", "no-such-compiler"), ("MAELAB_NATIVE", "0")])
-def test_without_kernels_the_plain_path_runs_and_says_why(room, monkeypatch, setting: tuple[str, str]):
-    monkeypatch.setenv(*setting)
-    native.start.cache_clear()
-    block = Block(96, 3)
-    try:
-        assert blocks.install(block) == f"torch ({native.reason()})"
-        block.fast = blocks.run
-        with torch.autocast("cpu", torch.bfloat16):
-            assert block(torch.randn(2, 5, 96)).shape == (2, 5, 96)
-    finally:
-        native.start.cache_clear()
-    assert not native.available()
-
-
-NO_AMX = "-mno-amx-tile -mno-amx-bf16"
-OTHERS = {  # what leaves the compiler only these, and what the processor must have
-    "AVX-512 FP16": (NO_AMX, "avx512_fp16"),
-    "AVX-512 BF16": (f"{NO_AMX} -mno-avx512fp16 -DFAST_BF16", "avx512_bf16"),
-    "AVX-512": (f"{NO_AMX} -mno-avx512bf16 -mno-avx512fp16", "avx512f"),
-}
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-gcc") is None or shutil.which("qemu-aarch64") is None,
+    reason="needs a compiler for aarch64 and qemu-aarch64",
+)
+def test_neon_computes_the_same_on_an_emulated_processor(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "aarch64-linux-gnu-gcc")
+    monkeypatch.chdir(ROOT)
+    setup.compile_kernels(tmp_path / "kernels.so", tmp_path / "objects")
+    program = compare(tmp_path, "aarch64-linux-gnu-gcc")
+    emulated = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program, tmp_path / "kernels.so", "neon", "portable"]
+    done = subprocess.run(emulated, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 15, done.stdout + done.stderr
 
 
 @needs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("units", OTHERS)
-def test_the_same_holds_on_lesser_units(tmp_path, units: str):
-    options, needed = OTHERS[units]
-    if needed not in library.cpu_flags():
-        pytest.skip(f"this processor has no {needed}")
-    compiler = script(tmp_path / "cc", f'exec cc "$@" {options}')
-    environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": compiler}
+@pytest.mark.parametrize("variant", X86)
+def test_the_tests_of_the_block_hold_for_every_variant(variant: str):
+    environment = {**os.environ, "MAELAB_NATIVE": variant}
     code = "from maelab import native; print(native.reason())"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"native kernels on {units}\n"
-    chosen = "block_matches or any_size or muon_steps or same_bits or memory_held"
-    tests = [sys.executable, "-m", "pytest", "-n", "0", "-k", chosen, str(Path(__file__).with_name("test_fast.py"))]
+    if not done.stdout.startswith("native kernels on "):
+        pytest.skip(done.stdout.strip())
+    tests = [sys.executable, "-m", "pytest", "-n", "0", str(Path(__file__).with_name("test_fast.py"))]
     done = subprocess.run(tests, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_fast_where_there_is_no_compiler(tmp_path):
+    """Built, unpacked into an empty folder, and used with nothing on the path."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"maelab-[0-9.]+-py3-none-manylinux_2_28_(x86_64|aarch64)\.whl", wheel.name)
+    place = tmp_path / "installed"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(place)], check=True)
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(place), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = "import maelab; from maelab import native; print(maelab.__file__); print(native.reason())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(place / "maelab" / "__init__.py"), native.reason()], done.stderr
 
 
 @needs_kernels
-def test_processes_that_build_at_once_all_get_the_kernels(tmp_path, built):
-    compiler = script(tmp_path / "cc", f"sleep 1\n{copying(built)}")  # slow enough for all to be in it
-    code = "from maelab import native; print(native.available())"
-    environment = {**os.environ, "MAELAB_DATA": str(tmp_path / "cache"), "CC": compiler}
-    command = [sys.executable, "-c", code]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=600)[0] for process in running] == ["True\n", "True\n"]
-    assert [path.name for path in (tmp_path / "cache" / "native").iterdir()] == [built.name]
+def test_the_library_needs_no_newer_glibc_than_its_wheel_says():
+    symbols = subprocess.run(["objdump", "-T", library.LIBRARY], capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([0-9.]+)", symbols)}
+    assert versions and max(versions) <= tuple(map(int, setup.MANYLINUX.removeprefix("manylinux_").split("_")))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_package_is_built_and_says_that_it_is_slow(tmp_path, compiler: str):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        tmp_path,
+        "--build-temp",
+        tmp_path / "work",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CC": compiler}, capture_output=True, text=True)
+    assert done.returncode == 0 and not list(tmp_path.rglob("*.so"))
+    assert f"cannot start the C compiler {compiler!r}" in done.stderr
+    assert "Without kernels, training on this CPU is several times slower." in done.stderr
+
+
+def test_a_variant_that_the_compiler_does_not_know_is_left_out(tmp_path, monkeypatch, capfd):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx-tile*) echo unknown >&2; exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("CFLAGS", "-O0")
+    monkeypatch.chdir(ROOT)
+    setup.compile_kernels(tmp_path / "kernels.so", tmp_path / "work")
+    assert f"{compiler} cannot compile the kernels for amx: left out" in capfd.readouterr().err
+    symbols = subprocess.run(["nm", "-D", tmp_path / "kernels.so"], capture_output=True, text=True, check=True).stdout
+    assert "block_forward_portable" in symbols and "block_forward_amx" not in symbols
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing was loaded yet, nor will it be."""
+    monkeypatch.delenv("MAELAB_NATIVE", raising=False)
+    for function in (library._served, library.load, library.start):
+        function.cache_clear()
+    yield
+    for function in (library._served, library.load, library.start):
+        function.cache_clear()
+
+
+REFUSED = {
+    "0": "switched off by MAELAB_NATIVE=0",
+    "avx": "MAELAB_NATIVE is 'avx', neither 0 nor one of " + ", ".join(library.VARIANTS),
+    "neon": "this processor has no units for neon",
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("setting", REFUSED)
+def test_without_kernels_the_plain_path_runs_and_says_why(anew, monkeypatch, setting: str):
+    monkeypatch.setenv("MAELAB_NATIVE", setting)
+    assert (native.available(), native.reason()) == (False, REFUSED[setting])
+    block = Block(96, 3)
+    assert blocks.install(block) == f"torch ({native.reason()})"
+    block.fast = blocks.run_under_autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(torch.randn(2, 5, 96)).shape == (2, 5, 96)
+
+
+@needs_kernels
+def test_a_variant_can_be_asked_for(anew, monkeypatch):
+    monkeypatch.setenv("MAELAB_NATIVE", "portable")
+    assert native.reason() == "native kernels on plain C"
+
+
+@needs_kernels
+def test_nothing_is_loaded_but_what_was_installed(anew, monkeypatch, tmp_path):
+    """No folder of the user's, such as the cache, and no working directory is looked into."""
+    for folder in (tmp_path, tmp_path / "native"):
+        folder.mkdir(exist_ok=True)
+        (folder / "_kernels.so").write_bytes(b"nonsense")
+    monkeypatch.setenv("MAELAB_DATA", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert native.available()
+
+
+@pytest.mark.parametrize("held", [None, b"", b"nonsense", "another"])
+def test_a_library_that_is_missing_or_another_is_one_line(anew, monkeypatch, tmp_path, held: bytes | str | None):
+    place = tmp_path / "_kernels.so"
+    monkeypatch.setattr(library, "LIBRARY", place)
+    if isinstance(held, bytes):
+        place.write_bytes(held)
+    elif held:
+        subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", place], check=True)
+    assert not native.available() and "\n" not in native.reason()
+    if held is None:
+        assert native.reason().startswith("no kernels were built at the installation: ")
+    else:
+        assert native.reason().startswith("cannot load the kernels: ")
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
 
 
 ALLOCATIONS = """
@@ -314,7 +227,7 @@ native.available(), native.reason(), native.refusal(96, 3, 384, 17)
 assert mapped(), "asking"
 def run():
     block = Block(96, 3)
-    block.fast = blocks.run
+    block.fast = blocks.run_under_autocast
     with torch.autocast("cpu", torch.bfloat16):
         block(torch.randn(2, 5, 96))
 def step():

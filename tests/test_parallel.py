@@ -1,5 +1,6 @@
 """What the engine chooses is what a step runs with, and what the line on hardware says."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -25,6 +26,12 @@ def tiny() -> MaskedAutoencoderViT:
     return MaskedAutoencoderViT(
         img_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
     )
+
+
+@pytest.fixture(autouse=True)
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines are those of a processor on which torch is fast in bfloat16."""
+    monkeypatch.setattr(native, "torch_multiplies_bf16", lambda: True)
 
 
 def fast_blocks(model: nn.Module) -> int:
@@ -172,10 +179,39 @@ def test_forms_of_attention_agree():
 
 def test_bf16_is_chosen_only_where_there_are_units_for_it(monkeypatch):
     assert choose_precision("fp32", "cpu") == "fp32" and choose_precision("bf16", "cpu") == "bf16"
-    for amx in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(native, "available", lambda: False)
-        assert choose_precision("auto", "cpu") == ("bf16" if amx else "fp32")
+    for units, kernels, asked, chosen in [
+        (True, True, "auto", "bf16"), (True, False, "auto", "bf16"), (True, True, "torch", "bf16"),
+        (False, True, "auto", "native"), (False, False, "auto", "fp32"), (False, True, "torch", "fp32"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(native, "torch_multiplies_bf16", lambda units=units: units)
+        monkeypatch.setattr(native, "available", lambda kernels=kernels: kernels)
+        assert choose_precision("auto", "cpu", asked) == chosen
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
+def test_without_units_for_bf16_only_the_kernels_compute_in_16_bits(monkeypatch):
+    monkeypatch.setattr(native, "torch_multiplies_bf16", lambda: False)
+    seen: set[torch.dtype] = set()
+    model, engine = tiny(), start_engine(RunOptions(device="cpu", threads=1))
+    assert prepare(model, engine, CPU) == f"cpu, fp32, blocks in 16 bits, {native.reason()}, 1 thread"
+    model.decoder_embed.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    ran, real = [], native.run_block
+    monkeypatch.setattr(native, "run_block", lambda *a: ran.append(y := real(*a)) or y)
+    with engine.autocast():
+        model.training_loss(torch.rand(3, 3, 8, 8)).backward()
+    assert seen == {torch.float32} and len(ran) == 3 and all(y is not None for y in ran)
+    narrow = VisionTransformer(embed_dim=40, num_heads=2, depth=2)
+    said = "cpu, fp32, torch (width 40 is no multiple of 32), matmul attention, 1 thread"
+    assert prepare(narrow, engine, CPU) == said and fast_blocks(narrow) == 0
+
+
+def test_bf16_without_units_says_how_slow_it_is(monkeypatch):
+    monkeypatch.setattr(native, "torch_multiplies_bf16", lambda: False)
+    engine, torch_only = start_engine(RunOptions(device="cpu", threads=1), "bf16"), RunOptions(kernels="torch")
+    line = prepare(tiny(), engine, torch_only)
+    assert re.fullmatch(
+        r"cpu, bf16 \(\d+ times slower than fp32 in torch on this processor\), matmul attention, 1 thread", line
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -23,7 +23,7 @@ from maelab.inference import class_probabilities, extract_features
 from maelab.tasks.features import features as write_features
 from maelab.tasks.predict import predict
 from maelab.training.checkpoint import ModelSpec, load_model, save_model
-from maelab.training.parallel import choose_precision
+from maelab.training.parallel import prepare, start_engine
 
 CPU = ("--threads", 1, "--kernels", "torch")
 SHAPE: dict[str, Any] = {
@@ -75,7 +75,9 @@ def test_images_are_prepared_as_in_training(work, tmp_path, monkeypatch):
     data = load(f"folder:{tmp_path}", img_size=(28, 28), in_chans=1)
     model = load_model("classifier")[0]
     assert hasattr(model, "img_size")
-    with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto", "cpu") == "bf16"):
+    engine = start_engine(options())
+    prepare(model, engine, options())
+    with engine.autocast():
         expected = class_probabilities(model, data.train)  # type: ignore[arg-type]
     found = list(predict("classifier", files, top=10, options=options()))
     for entry, probabilities in zip(found, expected, strict=True):

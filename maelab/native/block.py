@@ -62,8 +62,6 @@ def _held(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _fits(x: torch.Tensor, parameters: Sequence[torch.Tensor | None], heads: int, tail: int) -> bool:
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is not torch.bfloat16:
-        return False
     if x.ndim != 3 or parameters[-1] is None:
         return False
     (B, L, D), F = x.shape, parameters[-1].shape[-1]
@@ -149,7 +147,7 @@ def run_block(
     tail: int | None = None,
     scale: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None,
 ) -> torch.Tensor | None:
-    """Run a block, if this is bfloat16 autocast on a CPU and all tensors are float32, in shapes that are served.
+    """Run a block, if all tensors are float32 on a CPU and in shapes that are served.
 
     Args:
         x: tokens (B, L, D).

@@ -1,10 +1,10 @@
-"""Muon (Jordan et al. 2024) with its step in the native kernels."""
+"""Muon (Jordan et al. 2024) with its products in the native kernels, or in what the processor multiplies fast."""
 
 import ctypes
 
 import torch
 
-from maelab.native.library import start, workspace
+from maelab.native.library import start, torch_multiplies_bf16, workspace
 
 
 class _Matrix(ctypes.Structure):
@@ -16,36 +16,39 @@ class _Matrix(ctypes.Structure):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon whose step runs in the native kernels where they can: every matrix float32 on a CPU, its sides
-    multiples of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment."""
+    """torch.optim.Muon, which multiplies in bfloat16, where the device has units for that.
+
+    On a CPU its step runs in the native kernels, if `kernels` and they can: every matrix float32, its sides multiples
+    of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment. Elsewhere it runs in float32 on
+    CPUs whose products in bfloat16 are slower.
+    """
+
+    def __init__(self, params, *, kernels: bool = True, **settings) -> None:
+        super().__init__(params, **settings)
+        self.kernels = kernels
 
     @torch.no_grad()
     def step(self, closure=None):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         matrices = [p for _, parameters in groups for p in parameters]
         first = self.param_groups[0]
+        usual = closure is None and all(group["adjust_lr_fn"] in (None, "original") for group, _ in groups)
         same = all(
-            group["nesterov"] and group["ns_steps"] == 5 and group["adjust_lr_fn"] in (None, "original")
-            and group["momentum"] == first["momentum"] and group["ns_coefficients"] == first["ns_coefficients"]
+            group["nesterov"] and group["ns_steps"] == 5 and group["momentum"] == first["momentum"]
+            and group["ns_coefficients"] == first["ns_coefficients"]
             for group, _ in groups
         )  # fmt: skip
-        served = closure is None and same and matrices and all(self._fits(p) for p in matrices)
+        served = self.kernels and usual and same and matrices and all(self._fits(p) for p in matrices)
         library = start() if served else None
         if library is None:
-            return super().step(closure)
+            slow = any(p.is_cpu and p.dtype is torch.float32 for p in matrices) and not torch_multiplies_bf16()
+            return self._step_in_float32(groups) if usual and slow else super().step(closure)
         array = (_Matrix * len(matrices))()
         kept = []  # contiguous copies live until the call returns
         for slot, (group, p) in zip(array, [(group, p) for group, ps in groups for p in ps], strict=True):
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             assert p.grad is not None
             kept.append(p.grad.contiguous())
-            slot.weight, slot.momentum, slot.grad = (
-                p.data_ptr(),
-                state["momentum_buffer"].data_ptr(),
-                kept[-1].data_ptr(),
-            )
+            slot.weight, slot.momentum, slot.grad = p.data_ptr(), self._momentum(p).data_ptr(), kept[-1].data_ptr()
             slot.rows, slot.cols = p.shape
             slot.lr = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             slot.decay = group["lr"] * group["weight_decay"]
@@ -61,6 +64,27 @@ class Muon(torch.optim.Muon):
         # Autograd sees no write through a pointer: a graph that holds an old value has to notice.
         torch.autograd.graph.increment_version([*matrices, *(self.state[p]["momentum_buffer"] for p in matrices)])
         return None
+
+    def _momentum(self, p: torch.Tensor) -> torch.Tensor:
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        return self.state[p]["momentum_buffer"]
+
+    def _step_in_float32(self, groups) -> None:
+        for group, parameters in groups:
+            a, b, c = group["ns_coefficients"]
+            for p in parameters:
+                assert p.grad is not None
+                momentum = self._momentum(p).lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                tall = p.shape[0] > p.shape[1]
+                x = x.T if tall else x
+                x = x / x.norm().clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x.T if tall else x, alpha=rate)
 
     def _fits(self, p: torch.Tensor) -> bool:
         momentum = self.state[p].get("momentum_buffer", p) if p in self.state else p

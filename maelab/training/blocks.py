@@ -50,7 +50,7 @@ def _refusal(block: Block, tokens: int) -> str | None:
     width, heads, hidden = block.norm1.normalized_shape[0], block.attn.num_heads, block.mlp.fc1.out_features
     if (what := native.refusal(width, heads, hidden, tokens)) is not None:
         return what
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # one token tells
+    with torch.no_grad():  # one token tells
         y = native.run_block(
             torch.zeros(1, 1, width, dtype=torch.float32, device="cpu"), _parameters(block), heads, 1.0
         )
@@ -72,11 +72,18 @@ def run(block: Block, x: torch.Tensor, tail: int | None = None) -> torch.Tensor 
     return native.run_block(x, _parameters(block), block.attn.num_heads, block.norm1.eps, tail, block.drop_path.scale)
 
 
-def install(model: nn.Module) -> str:
+def run_under_autocast(block: Block, x: torch.Tensor, tail: int | None = None) -> torch.Tensor | None:
+    """`run` under bfloat16 autocast, None elsewhere."""
+    asked = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    return run(block, x, tail) if asked else None
+
+
+def install(model: nn.Module, always: bool = False) -> str:
     """Have the blocks of a model run in the native kernels wherever their shapes allow.
 
     Args:
-        model: with Blocks anywhere in it. Under bfloat16 autocast they run natively from then on.
+        model: with Blocks anywhere in it.
+        always: they run natively from then on; or else, under bfloat16 autocast only.
 
     Returns:
         What computes them, e.g. 'native kernels on AMX' or 'torch (width 40 is no multiple of 32)'.
@@ -92,7 +99,7 @@ def install(model: nn.Module) -> str:
     for name, block in found:
         seen = 1 if some_hidden and name.startswith("blocks.") else tokens  # an encoder may see fewer than all
         refusals[name] = _refusal(block, seen) if here else without
-        block.fast = run if refusals[name] is None else None
+        block.fast = None if refusals[name] else run if always else run_under_autocast
     why = ", ".join(dict.fromkeys(reason for reason in refusals.values() if reason is not None))
     served = sum(reason is None for reason in refusals.values())
     if not served:

@@ -49,8 +49,7 @@ def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         fast = any(getattr(module, "fast", None) is not None for module in model.modules())
-        kind = native.Muon if fast else torch.optim.Muon  # the blocks say whether native kernels are wanted
-        optimizers.append(kind(muon, momentum=MUON_MOMENTUM))
+        optimizers.append(native.Muon(muon, momentum=MUON_MOMENTUM, kernels=fast))  # as the blocks want them
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(BETA1, config.beta2), fused=True))
     return optimizers

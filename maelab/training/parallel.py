@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +35,7 @@ class Engine:
 
     Args:
         device: its own.
-        precision: 'fp32' or 'bf16'.
+        precision: 'fp32'; 'bf16' for matrix products in bfloat16; or 'native' for those of the native kernels alone.
         global_rank: its number, from 0.
         world_size: how many processes there are.
     """
@@ -115,19 +116,37 @@ class _Joined:
         return partial(self.ddp, name)
 
 
-def choose_precision(wanted: str, device: str) -> str:
-    """'bf16' or 'fp32': what was asked for, or bf16 where it is the faster one.
+def choose_precision(wanted: str, device: str, kernels: str = "auto") -> str:
+    """What computes the matrix products: 'fp32', 'bf16' or 'native', see Engine.
 
-    That is where a GPU or a CPU has units for its products, and on CPUs that maelab's own kernels serve. AVX-512's
-    instruction for bfloat16 alone is no reason: some processors run it at half the rate of float32.
+    Args:
+        wanted: 'fp32' or 'bf16', as asked for; or 'auto' for the fastest: bfloat16 where the GPU or the CPU has units
+            for it, else float32 around the native kernels, whose numbers are of 16 bits.
+        device: its type.
+        kernels: 'torch' where the native kernels are not wanted.
     """
     if wanted != "auto":
         return wanted
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device == "cpu":
-        return "bf16" if torch.cpu._is_amx_tile_supported() or native.available() else "fp32"
-    return "fp32"
+    if device == "cpu" and native.torch_multiplies_bf16():
+        return "bf16"
+    return "native" if device == "cpu" and kernels == "auto" and native.available() else "fp32"
+
+
+def _slowness() -> str:
+    """How many times slower than float32 torch multiplies bfloat16 on this CPU, measured in a moment, in words."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        factor, times = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(5):
+            begun = time.perf_counter()
+            torch.mm(factor, factor)
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    return f"{ratio:.0f} times slower than fp32 in torch on this processor"
 
 
 def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
@@ -157,7 +176,7 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.devices))
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    precision = choose_precision(precision, device)
+    precision = choose_precision(precision, device, options.kernels)
     if world_size == 1:
         return Engine(torch.device(device, 0) if device == "cuda" else torch.device(device), precision)
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
@@ -207,14 +226,20 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
         elif isinstance(module, Attention):
             module.form = options.attention
     kernels = ""
-    if options.kernels == "auto" and device == "cpu" and precision == "bf16" and not compiled:
-        kernels = blocks.install(model)  # a compiled block would pass them over
+    if options.kernels == "auto" and device == "cpu" and precision != "fp32" and not compiled:
+        kernels = blocks.install(model, always=precision == "native")  # a compiled block would pass them over
     attention = options.attention
     if attention == "auto":
         attention = "matmul" if device == "cpu" else "fused"
+    in_torch = any(isinstance(module, Block) and module.fast is None for module in model.modules())
+    if precision == "native":
+        served = any(isinstance(module, Block) and module.fast is not None for module in model.modules())
+        precision = "fp32, blocks in 16 bits" if served else "fp32"
+    elif precision == "bf16" and device == "cpu" and in_torch and not native.torch_multiplies_bf16():
+        precision = f"bf16 ({_slowness()})"
     chosen = [f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device, precision]
     chosen += [kernels] if kernels else []
-    if any(isinstance(module, Block) and module.fast is None for module in model.modules()):
+    if in_torch:
         chosen += [f"{attention} attention"]
     chosen += ["compiled"] if compiled else []
     if device == "cpu":

@@ -74,8 +74,11 @@ CURVES = {
 }
 
 
-def record(curve: Curve, folder: Path) -> list[float]:
-    """Train in `folder` and return the loss of each step, the mean over its parts."""
+def record(curve: Curve, folder: Path, muon_in_bf16: bool = True) -> list[float]:
+    """Train in `folder` and return the loss of each step, the mean over its parts.
+
+    The curves are those of a Muon that multiplies in bfloat16, as it does where the processor has units for it.
+    """
     whole = read_mnist_small() if curve.images == "mnist" else read_cifar_small()
     assert whole.train.labels is not None
     first = [(whole.train.labels == label).nonzero()[:30, 0] for label in range(10)]
@@ -94,6 +97,7 @@ def record(curve: Curve, folder: Path) -> list[float]:
     config = replace(curve.config, data=data.name)
     options = RunOptions(out=folder / "run", device="cpu", threads=1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maelab.native.muon.torch_multiplies_bf16", lambda: muon_in_bf16)
         for task in (pretrain, finetune):
             patch.setattr(task, "load", lambda *_, **__: data)
         if isinstance(config, PretrainConfig):
