@@ -149,12 +149,8 @@ class LoopConfig(_Config):
     """images per optimizer step, over all processes and accumulated parts"""
     accumulate: int = 1
     """compute each batch in so many parts, to save memory"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
     blr: float = 1e-3
     """AdamW's base learning rate: the rate is blr * batch_size / 256"""
-    muon_lr: float = 0.02
-    """Muon's learning rate"""
     weight_decay: float = 0.05
     """decoupled weight decay, not on norms, biases and embeddings"""
     beta2: float = 0.95
@@ -171,10 +167,24 @@ class LoopConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "epochs", "batch_size", "accumulate")
-        _at_least(self, 0, "seed", "blr", "muon_lr", "weight_decay", "warmup_epochs", "clip_grad")
+        _at_least(self, 0, "seed", "blr", "weight_decay", "warmup_epochs", "clip_grad")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
         _divides(self, "accumulate", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig(LoopConfig):
+    """What the training loop reads where the model has blocks."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
+    muon_lr: float = 0.02
+    """Muon's learning rate"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "muon_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +260,7 @@ class Augment(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
+class PretrainConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
     """Pretrain a masked autoencoder on images; labels, if there are any, serve only to follow k-NN accuracy."""
 
     mask_ratio: float = 0.75
@@ -276,7 +286,7 @@ class PretrainConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Augment, LoopConfig, EncoderConfig, DataConfig):
+class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
     """Train a classifier, from a pretrained encoder or from scratch."""
 
     init: str = "none"

@@ -12,6 +12,7 @@ from maelab import config as config_module
 from maelab.cli import COMMANDS, signature
 from maelab.config import (
     Augment,
+    BlocksConfig,
     ComputeOptions,
     DataConfig,
     EncoderConfig,
@@ -129,6 +130,7 @@ WRONG = [
     (LoopConfig, {"seed": 2**63}, "--seed must be below 2**63, got 9223372036854775808"),
     (LoopConfig, {"blr": -1e-3}, "--blr must be at least 0, got -0.001"),
     (LoopConfig, {"blr": math.nan}, "--blr must be"),
+    (BlocksConfig, {"muon_lr": -0.1}, "--muon-lr must be at least 0, got -0.1"),
     (LoopConfig, {"weight_decay": math.inf}, "--weight-decay must be"),
     (LoopConfig, {"ema_decay": 1.0}, r"--ema-decay must lie in [0, 1), got 1.0"),
     (LoopConfig, {"beta2": 1.0}, "--beta2 must lie between 0 and 1, got 1.0"),

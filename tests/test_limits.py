@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from small_sets import CIFAR, MNIST, MNIST_GZ, publish_small_sets
 from test_augment import noise, to_pillow
 
-from maelab.config import DataConfig, LoopConfig
+from maelab.config import BlocksConfig, DataConfig
 from maelab.data import Dataset, ImageSet, label_fraction, limit, load, split, training_sets
 from maelab.data.images import read_batches, read_mask
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -40,7 +40,7 @@ def test_tokens_start_from_a_narrow_normal_distribution():
 def test_muon_averages_gradients_with_a_momentum_of_0_95():
     torch.manual_seed(0)
     model = VisionTransformer(img_size=8, embed_dim=16, depth=1, num_heads=2)
-    muon, adamw = build_optimizers(model, LoopConfig(optimizer="muon", beta2=0.98))
+    muon, adamw = build_optimizers(model, BlocksConfig(optimizer="muon", beta2=0.98))
     matrix = model.get_parameter("blocks.0.mlp.fc1.weight")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

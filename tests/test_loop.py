@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(tmp_
         values = task.step_loss(model, step, part, parts)
         return {"loss": values["loss"] * (math.nan if step == 4 else 1)}
 
-    with pytest.raises(RunError, match=r"the loss is nan at step 5 \(epoch 2\).*ry a lower --blr"):
+    with pytest.raises(RunError, match=r"the loss is nan at step 5 \(epoch 2\).*try a lower --blr, --clip"):
         fit(tmp_path, replace(task, step_loss=step_loss))
     saved = load_file(tmp_path / "checkpoints" / "last" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from maelab.config import LoopConfig
+from maelab.config import BlocksConfig
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.optim import build_optimizers, layer_index, schedule, set_learning_rate
 
@@ -58,7 +58,7 @@ def test_schedule_is_finite_at_its_corners(warmup):
 
 
 def test_set_learning_rate_scales_each_group_by_its_own_top():
-    optimizers = build_optimizers(classifier(), LoopConfig(optimizer="muon", batch_size=512), layer_decay=0.5)
+    optimizers = build_optimizers(classifier(), BlocksConfig(optimizer="muon", batch_size=512), layer_decay=0.5)
     set_learning_rate(optimizers, 0.25)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     assert len({group["base_lr"] for group in groups}) > DEPTH
@@ -90,7 +90,7 @@ def test_layer_index(name, layer):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_layer_decay_scales_the_rate_of_every_parameter(optimizer):
-    model, config = classifier(global_pool="avg"), LoopConfig(optimizer=optimizer, batch_size=512, blr=1e-3)
+    model, config = classifier(global_pool="avg"), BlocksConfig(optimizer=optimizer, batch_size=512, blr=1e-3)
     for name, found in grouped(model, build_optimizers(model, config, layer_decay=0.5)).items():
         kind, group = found[0]
         below = 4  # embeddings: three blocks and the head are above
@@ -107,7 +107,7 @@ def test_layer_decay_scales_the_rate_of_every_parameter(optimizer):
 @pytest.mark.parametrize("make", [classifier, autoencoder])
 def test_weight_decay_spares_norms_biases_and_embeddings(make, optimizer):
     model = make()
-    config = LoopConfig(optimizer=optimizer, weight_decay=0.3)
+    config = BlocksConfig(optimizer=optimizer, weight_decay=0.3)
     for name, found in grouped(model, build_optimizers(model, config)).items():
         spared = any(part in name for part in SPARED)
         assert found[0][1]["weight_decay"] == (0.0 if spared else 0.3), name
@@ -121,14 +121,14 @@ def test_every_trainable_parameter_is_in_exactly_one_group(make, optimizer):
     model = make()
     frozen = next(iter(model.parameters()))
     frozen.requires_grad_(False)
-    for name, found in grouped(model, build_optimizers(model, LoopConfig(optimizer=optimizer))).items():
+    for name, found in grouped(model, build_optimizers(model, BlocksConfig(optimizer=optimizer))).items():
         assert len(found) == (0 if dict(model.named_parameters())[name] is frozen else 1), name
 
 
 @pytest.mark.parametrize("make", [classifier, autoencoder])
 def test_muon_gets_exactly_the_matrices_of_the_blocks(make):
     model = make()
-    found = grouped(model, build_optimizers(model, LoopConfig(optimizer="muon")))
+    found = grouped(model, build_optimizers(model, BlocksConfig(optimizer="muon")))
     stacks = ["blocks", "decoder_blocks"] if isinstance(model, MaskedAutoencoderViT) else ["blocks"]
     expected = {
         f"{stack}.{i}.{matrix}.weight"
@@ -141,13 +141,13 @@ def test_muon_gets_exactly_the_matrices_of_the_blocks(make):
 
 
 def test_adamw_alone_without_muon():
-    assert [type(o).__name__ for o in build_optimizers(classifier(), LoopConfig())] == ["AdamW"]
+    assert [type(o).__name__ for o in build_optimizers(classifier(), BlocksConfig())] == ["AdamW"]
 
 
 def test_adamw_steps_as_written_in_the_paper():
     """Against the update of Loshchilov and Hutter (arXiv 1711.05101, algorithm 2), in float64 and by hand."""
     model = classifier()
-    config = LoopConfig(blr=0.5, batch_size=128, weight_decay=0.1, beta2=0.9)
+    config = BlocksConfig(blr=0.5, batch_size=128, weight_decay=0.1, beta2=0.9)
     (optimizer,) = build_optimizers(model, config, layer_decay=0.5)
     before = {name: p.detach().double() for name, p in model.named_parameters()}
     scale = {"patch_embed.proj.weight": 0.5**4, "blocks.0.norm1.bias": 0.5**3, "head.weight": 1.0}
@@ -173,7 +173,7 @@ def test_adamw_steps_as_written_in_the_paper():
 
 def test_muon_moves_a_matrix_by_a_nearly_orthogonal_update_and_decays_it():
     model = classifier()
-    optimizers = build_optimizers(model, LoopConfig(optimizer="muon", muon_lr=0.1, weight_decay=0.5))
+    optimizers = build_optimizers(model, BlocksConfig(optimizer="muon", muon_lr=0.1, weight_decay=0.5))
     matrix = model.get_parameter("blocks.0.mlp.fc1.weight")  # (64, 16)
     before = matrix.detach().clone()
     for parameter in model.parameters():

@@ -183,6 +183,20 @@ def test_a_probe_resumes_exactly(maelab, whole, data, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_probe_whose_config_still_has_fields_that_nothing_read_is_the_same(maelab, whole, data, tmp_path):
+    """Unfinished it goes on, complete it is used."""
+    line = ("probe", whole(*PRETRAIN), "--epochs", 2, *SMALL, "--kernels", "torch", "--json")
+    assert maelab.run(*line, cwd=tmp_path, die=(SAVED[4:], 1, "after")).status == -signal.SIGKILL
+    (run,) = (tmp_path / "runs").iterdir()
+    for out in ((), ("--out", run)):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"optimizer": "adamw", "muon_lr": 0.02}))
+        assert maelab.run(*line, *out, cwd=tmp_path).json()["run"].endswith(run.name)
+    assert config.keys().isdisjoint({"optimizer", "muon_lr"})
+    refused = maelab.run(*line, "--muon-lr", 0.1, cwd=tmp_path)
+    assert refused.error().startswith("unknown flag --muon-lr")
+
+
 @pytest.mark.parametrize(
     "moment",
     [

@@ -80,7 +80,11 @@ def is_complete(folder: Path) -> bool:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The whole config of a run, with its task and recipe; {} where there is none. Raises RunError if damaged."""
-    return read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    if config.get("task") == "probe":  # once had these too, which nothing read
+        for name in ("optimizer", "muon_lr"):
+            config.pop(name, None)
+    return config
 
 
 def result_of(folder: Path) -> dict[str, Any]:

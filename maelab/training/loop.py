@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from maelab.config import LoopConfig
+from maelab.config import BlocksConfig, LoopConfig
 from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.runs import commit
@@ -166,9 +166,10 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
             kept = (
                 f"{resumed_from.parent} stands as it was before" if resumed_from.exists() else "nothing was saved yet"
             )
+            rates = "--blr or --muon-lr" if isinstance(config, BlocksConfig) else "--blr"
             raise RunError(
                 f"the loss is {loss} at step {step + 1} (epoch {step // per_epoch + 1}); {kept};"
-                " try a lower --blr or --muon-lr, --clip-grad 1, or --precision fp32"
+                f" try a lower {rates}, --clip-grad 1, or --precision fp32"
             )
 
     log_folder = folder if engine.is_global_zero else None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maelab import native
-from maelab.config import LoopConfig
+from maelab.config import BlocksConfig, LoopConfig
 
 BETA1 = 0.9
 MUON_MOMENTUM = 0.95
@@ -31,21 +31,22 @@ def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 
     at the top of the schedule, already multiplied by layer_decay ** (layers below the head).
     """
     depth = len(getattr(model, "blocks", ()))
+    muon_lr = config.muon_lr if isinstance(config, BlocksConfig) and config.optimizer == "muon" else None
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float | None, float, float], list[nn.Parameter]] = {}  # by Muon's rate, None for AdamW
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim == 2 and "blocks." in name
         decay = 0.0 if parameter.ndim < 2 or name in spared else config.weight_decay
         scale = layer_decay ** (depth + 1 - layer_index(name, depth))
-        groups.setdefault((config.optimizer == "muon" and matrix, decay, scale), []).append(parameter)
+        groups.setdefault((muon_lr if matrix else None, decay, scale), []).append(parameter)
 
     adamw, muon = [], []
-    for (use_muon, decay, scale), parameters in groups.items():
-        top = config.muon_lr if use_muon else config.blr * config.batch_size / 256
+    for (rate, decay, scale), parameters in groups.items():
+        top = config.blr * config.batch_size / 256 if rate is None else rate
         group = {"params": parameters, "weight_decay": decay, "lr": top * scale, "base_lr": top * scale}
-        (muon if use_muon else adamw).append(group)
+        (adamw if rate is None else muon).append(group)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         fast = any(getattr(module, "fast", None) is not None for module in model.modules())
