@@ -311,6 +311,16 @@ def test_a_bodys_length_is_what_arrives(page):
     page.lives()
 
 
+def test_a_body_that_breaks_the_protocol_on_its_way_ends_without_a_traceback(page):
+    """The server has answered it by the time that the page would refuse the path or the host, and takes no answer."""
+    bodies = (b"ZZ\r\n", b"2\r\n{}ZZ", b"2\r\n{}\r\n-1\r\n")
+    for path, host in ((b"queue/join", b"localhost"), (b"upload", b"localhost"), (b"queue/join", b"evil.example")):
+        head = b"POST /gradio_api/" + path + b" HTTP/1.1\r\nHost: " + host + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for body in bodies:
+            assert page.raw(head + body)[:12] in (b"", b"HTTP/1.1 400"), (path, host, body)
+    page.lives()
+
+
 def test_a_session_that_has_ended_is_said_without_a_traceback(page):
     assert page.ask("GET", "/gradio_api/queue/data?session_hash=unknown").status in (200, 404)
     assert page.ask("GET", "/gradio_api/queue/data").status == 422
