@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import Maelab
+from processes import Maelab, draw_nothing
 
 from maelab.data.datasets import cifar_set, idx_set
 from maelab.data.sets import Dataset, ImageSet
@@ -27,6 +27,24 @@ def one_thread() -> Iterator[None]:
     """A run inside the test process sets the number of threads; the next test has one again."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def nothing_drawn() -> Iterator[None]:
+    """For tests that train in this process and do not look at the pictures."""
+    from maelab import figures
+    from maelab.tasks import finetune, pretrain
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (figures, "DPI"),
+            (figures.Figure, "savefig"),
+            (pretrain, "PICTURED"),
+            (finetune, "PICTURED"),
+        ):
+            patch.setattr(module, name, getattr(module, name))  # to have it back
+        draw_nothing()
+        yield
 
 
 def _idx(part: str) -> ImageSet:

@@ -5,6 +5,7 @@
 
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -19,6 +20,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+# For `first`: the processes of a run are forks of the command too, so that none of them imports torch again. What they
+# are given is pickled all the same.
+FORKED_RANKS = """
+import multiprocessing, pickle
+from maelab.training import ranks
+
+started, fork = ranks.launch, multiprocessing.get_context("fork")
+
+def launch(*arguments, **named):
+    arguments, named = pickle.loads(pickle.dumps((arguments, named)))
+    return started(*arguments, **named)
+
+ranks.launch, multiprocessing.get_context = launch, lambda *_: fork
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,8 @@ class Maelab:
             arguments: of the command.
             cwd: its working directory.
             request: stdin, stdout: a file instead of the usual one; largest_file: bytes, as if the disk were
-                full beyond; temp: folder for temporary files; die: (end of a path, n, "before" | "after"), kill it
+                full beyond; temp: folder for temporary files; drawn: whether pictures show what they should;
+                first: Python code to run before the command; die: (end of a path, n, "before" | "after"), kill it
                 when it puts the n-th such file in place.
         """
         self._started += 1
@@ -126,12 +143,17 @@ def environment(home: Path) -> dict[str, str]:
     return kept | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def draw_little() -> None:
-    """Drawing is half the time of a small run: from here on fewer and coarser images."""
-    from maelab import figures
+def draw_nothing() -> None:
+    """Drawing is more than half the time of a small run, and most of a report's: from here on figures are put together
+    of fewer images, and what is written of them shows nothing."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     from maelab.tasks import finetune, pretrain
 
-    figures.DPI = 30
+    nothing = io.BytesIO()
+    Image.effect_noise((160, 160), 64).save(nothing, "PNG")
+    Figure.savefig = lambda self, fname, **_: Path(fname).write_bytes(nothing.getvalue())
     finetune.PICTURED = pretrain.PICTURED = 3
 
 
@@ -165,9 +187,11 @@ def _exit(main: Callable[[], int]) -> NoReturn:
 
 def _serve() -> None:
     # What a command imports or builds only when it runs is done here too, so that each fork has it.
+    import numpy.ctypeslib
     import numpy.random  # noqa: F401
     import torch._dynamo
-    import torch.distributed  # noqa: F401
+    import torch.distributed
+    import torch.utils.serialization.config  # noqa: F401
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
@@ -175,10 +199,12 @@ def _serve() -> None:
     from maelab.cli import main
     from maelab.tasks import attention, evaluate, features, predict, probe, reconstruct  # noqa: F401
 
-    draw_little()
+    draw, figures.DPI = figures.Figure.savefig, 30
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         assert main(["pretrain", "smoke", "--epochs", "0"]) == 2
         figures.curves(Path(folder) / "curves.png", [{"epoch": 1, "split": "train", "loss": 1.0}])
+    draw_nothing()
+    gc.freeze()  # nor need a fork copy what the collector would mark
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -199,9 +225,12 @@ def _serve() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
         if "temp" in request:
             tempfile.tempdir = request["temp"]
+        if request.get("drawn"):
+            figures.Figure.savefig = draw
         if "die" in request:
             _die_at(*request["die"])
         sys.argv = ["maelab", *request["arguments"]]
+        exec(request.get("first", ""), {})
         _exit(main)
 
 

@@ -36,7 +36,7 @@ def work(maelab: Maelab, digits_folder: Path, tmp_path_factory: pytest.TempPathF
         ("scratch", "finetune", "smoke", *data, "--init", "none", "--out", "scratch", "--val-fraction", 0.1),
         ("probe", "probe", "mae", "--epochs", 2),
     ):
-        ended = maelab.run(*command, *SMALL, "--json", cwd=cwd)
+        ended = maelab.run(*command, *SMALL, "--json", cwd=cwd, drawn=True)
         (cwd / "said" / f"{name}.json").write_text(json.dumps(ended.json()))
         (cwd / "said" / f"{name}.err").write_text(ended.err)
     return cwd
@@ -195,7 +195,7 @@ def test_evaluate_for_people(work, maelab, digits_folder, cifar_folder):
 
 
 def test_reconstruct(work, maelab, tmp_path, digits_folder, cifar_folder):
-    few = maelab.run("reconstruct", work / "mae", "--count", 3, "--seed", 1, "--json", *CPU, cwd=tmp_path)
+    few = maelab.run("reconstruct", work / "mae", "--count", 3, "--seed", 1, "--json", *CPU, cwd=tmp_path, drawn=True)
     result = few.json()
     assert result.items() >= {"run": str(work / "mae"), "out": "reconstruction.png", "images": 3}.items()
     assert list(result["masked_mse"]) == ["0.75"] and 0 < result["masked_mse"]["0.75"] < 4
@@ -203,7 +203,7 @@ def test_reconstruct(work, maelab, tmp_path, digits_folder, cifar_folder):
         picture.load()
     files = [next((digits_folder / "3").iterdir()), next((cifar_folder / "cat").iterdir())]
     ratios = ("--mask-ratio", 0.5, 0.75, "--out", "deep/in/two.png")
-    many = maelab.run("reconstruct", work / "mae", *files, *ratios, "--json", *CPU, cwd=tmp_path).json()
+    many = maelab.run("reconstruct", work / "mae", *files, *ratios, "--json", *CPU, cwd=tmp_path, drawn=True).json()
     assert many["images"] == 2 and list(many["masked_mse"]) == ["0.5", "0.75"]
     with Image.open(tmp_path / "deep/in/two.png") as picture:
         picture.load()
@@ -226,7 +226,7 @@ def test_reconstruct_under_drawn_masks_and_sweeps(work, maelab, tmp_path):
     assert text == drawn and text["hidden"] == {"0.75": 12} and text["patches"] == 16
     grid = maelab.run(*line, "--mask-kind", "grid", "--mask-ratio", 0.8, cwd=tmp_path).json()
     assert grid["hidden"] == {"0.75": 12} and grid["masked_mse"] != text["masked_mse"]
-    swept = maelab.run(*line, "--sweep", "--mask-kind", "block", "--out", "s.png", cwd=tmp_path).json()
+    swept = maelab.run(*line, "--sweep", "--mask-kind", "block", "--out", "s.png", cwd=tmp_path, drawn=True).json()
     assert list(swept["masked_mse"]) == [f"0.{i}" for i in range(1, 10)] and len(set(swept["hidden"].values())) > 6
     moving = maelab.run(*line, "--sweep", "--out", "s.gif", cwd=tmp_path).json()
     assert (

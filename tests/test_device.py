@@ -15,6 +15,7 @@ from maelab.runs import read_metrics
 from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct
 from maelab.training.parallel import Engine
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 AUGMENT: dict[str, Any] = {
     "crop_padding": 2, "crop_scale": 0.8, "flip": True, "affine_degrees": 10, "elastic": 0.05, "color_jitter": 0.2,
     "rand_augment_ops": 2, "random_erasing": 0.5,

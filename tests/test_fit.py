@@ -45,7 +45,7 @@ def photos(cifar_folder, cifar_small, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(photos, maelab: Maelab, tmp_path_factory):
     work = tmp_path_factory.mktemp("fit")
-    ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, "--json", cwd=work)
+    ended = maelab.run("fit", photos, "--minutes", 0.02, *ONE, "--json", cwd=work, drawn=True)
     return work, ended
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from golden.regenerate import CURVES, FILE, record
+from processes import FORKED_RANKS
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,6 +28,7 @@ from maelab.training.loop import Outcome, Task, train
 from maelab.training.optim import schedule
 from maelab.training.parallel import start_engine
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 GOLDEN = json.loads(FILE.read_text())
 
 
@@ -140,13 +142,16 @@ def test_two_processes_equal_one(digits_folder, tmp_path):
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one_with_muon(digits_folder, tmp_path):
-    """As a library. Muon orthogonalises in bf16, where the order of a sum shows."""
-    config = tiny_pretrain(digits_folder, optimizer="muon", accumulate=2, ema_decay=0.9, epochs=1)
-    results = [
-        pretrain.pretrain(config, options=replace(options(tmp_path / str(n)), devices=n))[1]["train"] for n in (1, 2)
-    ]
-    assert results[0] == pytest.approx(results[1], rel=1e-3)
+def test_two_processes_equal_one_with_muon(digits_folder, maelab, tmp_path):
+    """Muon orthogonalises in bf16, where the order of a sum shows."""
+    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", "--limit", 96, "--batch-size", 32, "--threads", 1)
+    line += ("--precision", "fp32", "--device", "cpu", "--epochs", 1)
+    line += ("--optimizer", "muon", "--accumulate", 2, "--ema-decay", 0.9)
+    one, two = (
+        maelab.run(*line, "--devices", n, "--out", n, "--json", cwd=tmp_path, first=FORKED_RANKS).json()["train"]
+        for n in (1, 2)
+    )
+    assert one == pytest.approx(two, rel=1e-3)
     assert_close_rows(tmp_path / "1", tmp_path / "2", 1e-3)
     a, b = weights(tmp_path / "1"), weights(tmp_path / "2")
     assert all(torch.allclose(a[name], b[name], rtol=0, atol=2e-3) for name in a)

@@ -179,7 +179,7 @@ def trained(maelab: Maelab, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     said = {}
     for task, more in (("pretrain", ()), ("finetune", ("--init", "none"))):
         out = f"runs/{task[0]} \x1b[31m\ncafé"
-        ended = maelab.run(task, "smoke", *more, *flags, "--out", out, *CPU, cwd=work)
+        ended = maelab.run(task, "smoke", *more, *flags, "--out", out, *CPU, cwd=work, drawn=True)
         assert ended.status == 0 and "could not" not in ended.err, ended
         said[task] = ended.out
     return work, said

@@ -116,7 +116,8 @@ def test_json_has_one_entry_per_input_in_order(work, maelab: Maelab):
 
 
 def test_table_csv_stdin_and_gallery(work, maelab: Maelab, tmp_path):
-    table = maelab.run("predict", "classifier", "digits", "empty.png", "--gallery", tmp_path / "g.png", *CPU, cwd=work)
+    line = ("predict", "classifier", "digits", "empty.png", "--gallery", tmp_path / "g.png")
+    table = maelab.run(*line, *CPU, cwd=work, drawn=True)
     rows = [line.split() for line in table.out.splitlines()]
     assert [row[-1] for row in rows] == [*DIGITS, "empty.png"] and rows[-1] == ["unreadable", "empty.png"]
     assert all(len(row) == 7 and row[1].endswith("%") for row in rows[:-1])
@@ -190,10 +191,10 @@ def test_a_gallery_that_cannot_be_drawn_and_a_model_that_cannot_predict(work, mo
 
 def test_attention(work, maelab: Maelab, tmp_path):
     line = ("attention", "classifier", "digits", "photo.jpg", "--out", tmp_path / "a.png")
-    result = maelab.run(*line, "--json", *CPU, cwd=work).json()
+    result = maelab.run(*line, "--json", *CPU, cwd=work, drawn=True).json()
     predicted = [entry["label"] for entry in predict(work / "classifier", work / "digits", options=options())]
     assert result["labels"][:6] == predicted and (result["images"], result["of"]) == (7, "the class token")
-    ended = maelab.run("attention", "mae", "digits/0.png", "--out", tmp_path / "b.png", *CPU, cwd=work)
+    ended = maelab.run("attention", "mae", "digits/0.png", "--out", tmp_path / "b.png", *CPU, cwd=work, drawn=True)
     assert ended.out == f"attention of the class token, over 1 images\n{tmp_path / 'b.png'}\n"
     for name in ("a.png", "b.png"):
         with Image.open(tmp_path / name) as picture:

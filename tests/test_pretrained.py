@@ -11,28 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import draw_little, environment
+from processes import environment
 
-from maelab import cli, figures, load_model, pretrained, recipes, runs
+from maelab import cli, load_model, pretrained, recipes, runs
 from maelab.errors import UsageError
 from maelab.pretrained import ship
 from maelab.runs import checkpoints
-from maelab.tasks import finetune, pretrain
+from maelab.tasks import pretrain
 
 SMALL = ("--limit", "64", "--batch-size", "32", "--threads", "1", "--kernels", "torch", "--json", "--epochs", "1")
 
 
 @pytest.fixture(scope="module")
-def tiny(digits_folder, tmp_path_factory):
+def tiny(digits_folder, nothing_drawn, tmp_path_factory):
     """(run folder of a tiny autoencoder, data flags)."""
     run = tmp_path_factory.mktemp("tiny") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
-            patch.setattr(module, name, getattr(module, name))  # to have it back
-        draw_little()
-        data = ("--data", f"folder:{digits_folder}")
-        assert cli.main(["pretrain", "smoke", *data, *SMALL, "--mask-ratio", "0.5", "--flip", "--out", str(run)]) == 0
-        yield run, data
+    data = ("--data", f"folder:{digits_folder}")
+    assert cli.main(["pretrain", "smoke", *data, *SMALL, "--mask-ratio", "0.5", "--flip", "--out", str(run)]) == 0
+    return run, data
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from processes import Maelab, draw_little
+from processes import Maelab
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maelab import cli, figures
-from maelab.tasks import finetune, pretrain
+from maelab import cli
 from maelab.training import loop
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 EPOCHS, STEPS = 3, 6  # of 96 images in batches of 16
 SMALL = ("--limit", 96, "--batch-size", 16, "--threads", 1)
 PRETRAIN = ("pretrain", "smoke", "--epochs", EPOCHS, "--val-fraction", 0.02, *SMALL, "--kernels", "torch")
@@ -27,14 +27,6 @@ MUON_AVERAGE = ("--optimizer", "muon", "--ema-decay", 0.9, "--accumulate", 2, "-
 MIXED = ("--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.3, "--rand-augment-ops", 2, "--random-erasing", 0.5)
 SAVED = "run/checkpoints/commit.json"  # put in place once for each checkpoint, after all else
 TIMES = {"seconds", "images_per_s", "train_time_s"}
-
-
-@pytest.fixture
-def small_pictures(monkeypatch):
-    """For runs inside this process."""
-    for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # to have it back
-    draw_little()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +128,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(number, maelab, whole, dat
 
 
 @pytest.mark.parametrize("stop", [0, STEPS - 1, STEPS + 3], ids=["first", "last of an epoch", "within an epoch"])
-def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path, small_pictures):
+def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path):
     """The signal comes within a step, which is still finished. The run stops a second time, further on."""
     monkeypatch.chdir(tmp_path)
     line = (*PRETRAIN, *MUON_AVERAGE, *data, "--out", "run")
@@ -149,7 +141,7 @@ def test_stopped_at_a_step(stop, monkeypatch, capsys, whole, data, tmp_path, sma
     assert_same(tmp_path / "run", whole(*PRETRAIN, *MUON_AVERAGE))
 
 
-def test_a_signal_in_the_last_step_changes_nothing(monkeypatch, whole, data, tmp_path, small_pictures):
+def test_a_signal_in_the_last_step_changes_nothing(monkeypatch, whole, data, tmp_path):
     at_step(monkeypatch, EPOCHS * STEPS - 1, lambda: signal.raise_signal(signal.SIGTERM))
     assert here(*PRETRAIN, *data, "--out", tmp_path / "run") == 0
     assert_same(tmp_path / "run", whole(*PRETRAIN))
@@ -255,7 +247,7 @@ def test_killed_at_random(seed, kills, maelab, whole, data, tmp_path):
     assert_same(tmp_path / "run", whole(*command))
 
 
-def test_rows_that_no_checkpoint_covers_are_written_again(monkeypatch, whole, data, tmp_path, small_pictures):
+def test_rows_that_no_checkpoint_covers_are_written_again(monkeypatch, whole, data, tmp_path):
     """As a kill between metrics.jsonl and the checkpoint leaves it, then stops before the next row is written."""
     line, file = (*PRETRAIN, *data, "--out", tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     for step in (STEPS + 1, STEPS + 3):
@@ -413,8 +405,7 @@ def test_a_loss_that_is_not_finite_from_the_start(maelab, data, tmp_path):
 
 
 @pytest.mark.parametrize("step", [2 * STEPS + 2, 2 * STEPS - 1], ids=["within an epoch", "last update of an epoch"])
-def test_a_loss_that_is_no_longer_finite_spares_the_checkpoints(step, monkeypatch, capsys, whole, data, tmp_path,
-                                                                small_pictures):  # fmt: skip
+def test_a_loss_that_is_no_longer_finite_spares_the_checkpoints(step, monkeypatch, capsys, whole, data, tmp_path):
     """At the last update of an epoch only validation sees that the weights have gone."""
     line, run, before = (*PRETRAIN, *data, "--precision", "fp32", "--out", tmp_path / "run"), tmp_path / "run", {}
     original, seen = loop.schedule, []
@@ -458,8 +449,10 @@ def test_a_disk_that_fills_up_on_the_way(maelab, whole, data, tmp_path):
 def test_a_disk_too_full_for_the_pictures(maelab, whole, data, tmp_path):
     """Training is done and saved by then, and its result stands; each picture that is missing is named."""
     line = (*PRETRAIN, *data, "--out", "run")
-    assert maelab.run(*line, cwd=tmp_path, die=("reconstructions.png", 1, "before")).status == -signal.SIGKILL
-    ended = maelab.run(*line, cwd=tmp_path, largest_file=5000)
+    assert (
+        maelab.run(*line, cwd=tmp_path, die=("reconstructions.png", 1, "before"), drawn=True).status == -signal.SIGKILL
+    )
+    ended = maelab.run(*line, cwd=tmp_path, largest_file=5000, drawn=True)
     assert ended.status == 0
     assert ended.err.splitlines()[-2:] == [
         f"the picture {name}.png could not be drawn: cannot write run/figures/{name}.png: File too large;"
@@ -470,7 +463,7 @@ def test_a_disk_too_full_for_the_pictures(maelab, whole, data, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["load", "figures.curves"])
-def test_ctrl_c_outside_training(where, monkeypatch, capsys, whole, data, tmp_path, small_pictures):
+def test_ctrl_c_outside_training(where, monkeypatch, capsys, whole, data, tmp_path):
     """While the images are read there is nothing to save, and nothing stays; while pictures are drawn, all is saved."""
     line = (*PRETRAIN, *data, "--out", tmp_path / "run")
     with monkeypatch.context() as patch:

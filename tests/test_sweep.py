@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import FORKED_RANKS
 
 GRID = ("--grid", "patch_size=5,7,14", "--grid", "mask_ratio=0.5")
 SMALL = ("--limit", "100", "--epochs", "1", "--finetune-epochs", "1", "--val-fraction", "0.2", "--batch-size", "32")
@@ -147,8 +146,7 @@ def test_any_error_ends_a_cell_and_not_the_sweep(maelab, digits_folder, tmp_path
 
 
 ONE_FAILS = """
-import os, sys
-from maelab.cli import main
+import os
 from maelab.tasks import pretrain
 
 made = pretrain.make_step_loss
@@ -159,32 +157,19 @@ def make(config, *more):
     return made(config, *more)
 
 pretrain.make_step_loss = make
-if __name__ == "__main__":
-    sys.exit(main())
 """
 
 
 @pytest.mark.dist
-def test_cells_in_two_processes_and_one_process_that_fails(digits_folder, tmp_path: Path):
+def test_cells_in_two_processes_and_one_process_that_fails(digits_folder, maelab, tmp_path: Path):
     """What fails in one process ends its cell alone; the next one has new processes."""
-    (tmp_path / "sweep.py").write_text(ONE_FAILS)
-    line = (
-        "sweep",
-        "smoke",
-        "--data",
-        f"folder:{digits_folder}",
-        "--grid",
-        "patch_size=14,7",
-        *SMALL,
-        "--threads",
-        "1",
-    )
-    command = [sys.executable, "sweep.py", *line, "--device", "cpu", "--devices", "2", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and "some cells failed" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    line = ("sweep", "smoke", "--data", f"folder:{digits_folder}", "--grid", "patch_size=14,7", *SMALL, "--threads", 1)
+    two = ("--device", "cpu", "--devices", 2, "--out", "out")
+    done = maelab.run(*line, *two, cwd=tmp_path, first=FORKED_RANKS + ONE_FAILS)
+    assert done.status == 1 and "some cells failed" in done.err and "Traceback" not in done.err, done.err
     result = json.loads((tmp_path / "out" / "sweep.json").read_text())
     bad, good = result["cells"]
     assert bad["error"] == "ValueError: something odd in the second process" and result["complete"]
     assert result["best"] == good["settings"] == {"patch_size": "7"}
-    lines = [line for line in done.stderr.splitlines() if line.startswith("cell ")]
+    lines = [line for line in done.err.splitlines() if line.startswith("cell ")]
     assert len(lines) == 2 and "something odd" in lines[0] and "finetune_accuracy" in lines[1]

@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 from conftest import write_folder
 from engine import INPUTS, LONG, SEED, tell
-from processes import draw_little
 
-from maelab import cli, figures
+from maelab import cli
 from maelab.runs import as_json, sha256
-from maelab.tasks import finetune, pretrain
 
 TINY = ("--limit", "20", "--batch-size", "10", "--epochs", "1", "--threads", "1", "--kernels", "torch")
 SHAPE = ("--embed-dim", "16", "--depth", "1", "--num-heads", "1", "--patch-size", "7", "--precision", "fp32")
@@ -62,26 +60,22 @@ CONTENTS: dict[str, bytes] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, mnist_small) -> Iterator[Path]:
+def runs(nothing_drawn, tmp_path_factory: pytest.TempPathFactory, mnist_small) -> Iterator[Path]:
     """A pretraining, one that is unfinished, a classifier, a probe, a sweep, and images. Do not change."""
     place = tmp_path_factory.mktemp("whole")
     images = write_folder(place / "digits", mnist_small.train, mnist_small.class_names, 6)
     data, before = ("--data", f"folder:{images}", "--val-fraction", "0.3"), os.getcwd()
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((figures, "DPI"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
-            patch.setattr(module, name, getattr(module, name))  # to have it back
-        draw_little()
-        os.chdir(place)
-        small = (*data, *TINY)
-        assert run("pretrain", "smoke", *small, *SHAPE, *DECODER, "--out", "mae") == 0
-        assert run("finetune", "smoke", *small, "--init", "mae", "--precision", "fp32", "--out", "classifier") == 0
-        assert run("probe", "mae", "--val-fraction", "0.3", *TINY, "--precision", "fp32", "--out", "probe") == 0
-        sweep = ("--grid", "mask_ratio=0.5,0.7", "--finetune-epochs", "1")
-        assert run("sweep", "smoke", *small, *SHAPE, *DECODER, *sweep, "--out", "sweep") == 0
-        shutil.copytree("mae", "unfinished")
-        Path("unfinished/result.json").unlink()
-        yield place
-        os.chdir(before)
+    os.chdir(place)
+    small = (*data, *TINY)
+    assert run("pretrain", "smoke", *small, *SHAPE, *DECODER, "--out", "mae") == 0
+    assert run("finetune", "smoke", *small, "--init", "mae", "--precision", "fp32", "--out", "classifier") == 0
+    assert run("probe", "mae", "--val-fraction", "0.3", *TINY, "--precision", "fp32", "--out", "probe") == 0
+    sweep = ("--grid", "mask_ratio=0.5,0.7", "--finetune-epochs", "1")
+    assert run("sweep", "smoke", *small, *SHAPE, *DECODER, *sweep, "--out", "sweep") == 0
+    shutil.copytree("mae", "unfinished")
+    Path("unfinished/result.json").unlink()
+    yield place
+    os.chdir(before)
 
 
 def run(*command: str) -> int:
