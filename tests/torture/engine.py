@@ -6,6 +6,7 @@ An input is a function of (target, seed, number), so each can be made again:
 """
 
 import faulthandler
+import functools
 import importlib
 import json
 import mmap
@@ -22,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -266,12 +268,25 @@ _context.set_forkserver_preload(
 )
 
 
+@functools.cache
+def _serve() -> None:
+    """Start the server that forks the processes, with the path of this one, without which it finds no targets."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        os.environ |= {} if before is None else {"PYTHONPATH": before}
+
+
 def attack(module: str, name: str, scratch: Path, share: float) -> Report:
     """Feed a target in a process of its own.
 
     Returns:
         What became of it; a process that died is a fault, with the input it died of.
     """
+    _serve()
     count = max(1, round(INPUTS * share))
     ours, theirs = _context.Pipe(duplex=False)
     process = _context.Process(target=_attack, args=(module, name, SEED, count, scratch, theirs))
