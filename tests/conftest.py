@@ -3,6 +3,7 @@
 import gzip
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,21 +30,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def nothing_drawn() -> Iterator[None]:
-    """For tests that train in this process and do not look at the pictures."""
+@contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Runs inside this process draw no pictures."""
     from maelab import figures
     from maelab.tasks import finetune, pretrain
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (
-            (figures, "DPI"),
-            (figures.Figure, "savefig"),
-            (pretrain, "PICTURED"),
-            (finetune, "PICTURED"),
-        ):
+        for module, name in ((figures.Figure, "savefig"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
             patch.setattr(module, name, getattr(module, name))  # to have it back
         draw_nothing()
+        yield
+
+
+@pytest.fixture(scope="module")
+def nothing_drawn() -> Iterator[None]:
+    """For tests that train in this process and do not look at the pictures."""
+    with drawing_nothing():
         yield
 
 

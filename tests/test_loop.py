@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden.regenerate import CURVES, FILE, record
-from processes import FORKED_RANKS
+from processes import FORKED_RANKS, Maelab
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -116,26 +113,23 @@ def test_accumulation_changes_nothing_but_rounding(digits_folder, tmp_path, task
     assert_same_run(tmp_path / "2", tmp_path / "1", 2e-5)
 
 
-def in_processes(task: str, folder: Path, out: Path, *flags: str) -> None:
-    """Run `maelab TASK smoke` with two processes on the CPU."""
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "maelab", task, "smoke", "--data", f"folder:{folder}"]
-    command += ["--limit", "96", "--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--devices", "2"]
-    command += ["--threads", "1", "--out", str(out), *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 processes") == 1, done.stderr  # the second one is silent
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+def in_processes(maelab: Maelab, task: str, folder: Path, out: Path, *flags: object) -> None:
+    """Run `maelab TASK smoke` with two processes on the CPU, in which a warning is an error."""
+    line = (task, "smoke", "--data", f"folder:{folder}", "--limit", 96, "--batch-size", 32, "--precision", "fp32")
+    line += ("--device", "cpu", "--devices", 2, "--threads", 1, "--out", out, *flags)
+    done = maelab.run(*line, cwd=out.parent, first="import os; os.environ['PYTHONWARNINGS'] = 'error::UserWarning'")
+    assert done.status == 0, done.err
+    assert done.err.count("2 processes") == 1, done.err  # the second one is silent
+    assert "Warning" not in done.err and "Traceback" not in done.err, done.err
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(digits_folder, tmp_path):
+def test_two_processes_equal_one(digits_folder, maelab, tmp_path):
     """2 processes x 2 parts x 8 images against 1 x 32, clipped and averaged."""
     config = tiny_pretrain(digits_folder, clip_grad=0.5, ema_decay=0.9)
     pretrain.pretrain(config, options=options(tmp_path / "one"))
     flags = ("--accumulate", "2", "--clip-grad", "0.5", "--ema-decay", "0.9")
-    in_processes("pretrain", digits_folder, tmp_path / "two", *flags)
+    in_processes(maelab, "pretrain", digits_folder, tmp_path / "two", *flags)
     assert_same_run(tmp_path / "two", tmp_path / "one", 2e-5)
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert two["val"] == pytest.approx(one["val"], rel=1e-5) and two["train"] == pytest.approx(one["train"], rel=1e-5)
@@ -159,10 +153,10 @@ def test_two_processes_equal_one_with_muon(digits_folder, maelab, tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_processes_fine_tune_as_one(digits_folder, tmp_path):
+def test_two_processes_fine_tune_as_one(digits_folder, maelab, tmp_path):
     config = tiny_finetune(digits_folder, mixup=0.5, ema_decay=0.9)
     finetune.finetune(config, options=options(tmp_path / "one"))
-    in_processes("finetune", digits_folder, tmp_path / "two", "--mixup", "0.5", "--ema-decay", "0.9")
+    in_processes(maelab, "finetune", digits_folder, tmp_path / "two", "--mixup", "0.5", "--ema-decay", "0.9")
     assert_same_run(tmp_path / "two", tmp_path / "one", 2e-5)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Maelab
+from processes import FORKED_RANKS, Maelab
 from torch import nn
 
 from maelab.config import LoopConfig, RunOptions
@@ -125,9 +125,11 @@ def decide(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-def test_all_processes_decide_alike(tmp_path: Path):
+def test_all_processes_decide_alike(maelab: Maelab, tmp_path: Path):
     """Stopping early, the best epoch, and giving up: at the same step of every process."""
-    launch(decide, TWO, tmp_path)
+    here = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from pathlib import Path; import test_ranks\n"
+    there = f"test_ranks.launch(test_ranks.decide, test_ranks.TWO, Path({str(tmp_path)!r}))"
+    assert maelab.run("--version", cwd=tmp_path, first=FORKED_RANKS + here + there).status == 0
     for rank in "01":
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == {"patience": [3, 1, {"loss": 1.0}], "nan": "the loss is nan at step 4"}

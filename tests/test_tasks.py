@@ -1,6 +1,7 @@
 """Pretraining, fine-tuning, probing, evaluation and reconstruction on real images, in one process."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import drawing_nothing
 from PIL import Image
 
 from maelab import figures, recipes
@@ -58,6 +60,13 @@ def model_of(run: Path, which: str = "best") -> Any:
 
 def result_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def only_what_modules_share_is_drawn() -> Iterator[None]:
+    """Namely the runs that the fixtures below make, whose pictures are looked at."""
+    with drawing_nothing():
+        yield
 
 
 @pytest.fixture(scope="module")
