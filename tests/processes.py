@@ -153,7 +153,11 @@ def draw_nothing() -> None:
 
     nothing = io.BytesIO()
     Image.effect_noise((160, 160), 64).save(nothing, "PNG")
-    Figure.savefig = lambda self, fname, **_: Path(fname).write_bytes(nothing.getvalue())
+
+    def savefig(self: Figure, fname: Any, **_: Any) -> None:
+        Path(fname).write_bytes(nothing.getvalue())
+
+    Figure.savefig = savefig
     finetune.PICTURED = pretrain.PICTURED = 3
 
 

@@ -3,8 +3,7 @@
 import gzip
 import io
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import Maelab, Process
 from small_sets import (
     CIFAR,
     MNIST,
@@ -264,59 +264,50 @@ def test_leftovers_of_a_killed_process_are_cleaned(
 
 
 CHILD = """
-import sys
+import os
 from maelab.data import sources
-from maelab.errors import MaelabError
+os.environ |= {{"MAELAB_DATA": {cache!r}, "no_proxy": "127.0.0.1"}}
 sources.FILES["mnist"], sources.SHA256["mnist"] = {md5!r}, {sha256!r}
 sources.SOURCES["mnist"] = ({url!r},)
-if {limit}:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-try:
-    print(sum(map(len, sources.read("mnist").values())))
-except MaelabError as error:
-    sys.exit(str(error))
 """
 
 
-def start(server: Server, cache: Path, limit: int = 0) -> subprocess.Popen[str]:
-    url = server.serve_mnist()
-    code = CHILD.format(md5=sources.FILES["mnist"], sha256=sources.SHA256["mnist"], url=url, limit=limit)
-    env = os.environ | {"MAELAB_DATA": str(cache), "PYTHONPATH": str(Path(sources.__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(maelab: Maelab, server: Server, cache: Path, **request: object) -> Process:
+    """`maelab data mnist` with the small set for the published one."""
+    published = {"md5": sources.FILES["mnist"], "sha256": sources.SHA256["mnist"], "url": server.serve_mnist()}
+    code = CHILD.format(cache=str(cache), **published)
+    return maelab.start("data", "mnist", "--json", cwd=cache.parent, first=code, **request)
 
 
-def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
+def test_two_processes_at_once_download_once(maelab: Maelab, server: Server, cache: Path) -> None:
     server.slow = True
-    both = [start(server, cache), start(server, cache)]
-    results = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], results
-    assert [int(out) for out, _ in results] == [sum(map(len, MNIST.values()))] * 2
+    both = [start(maelab, server, cache), start(maelab, server, cache)]
+    for process in both:
+        assert process.wait().status == 0, process.err.read_text()
+    assert sources.read("mnist") == MNIST
     assert sorted(server.requests) == sorted(f"/mnist/{name}.gz" for name in MNIST)
 
 
-def test_killed_process_leaves_nothing_that_harms(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_process_leaves_nothing_that_harms(
+    maelab: Maelab, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.slow = True
-    process = start(server, cache)
+    process = start(maelab, server, cache)
     while not server.requests:
         time.sleep(0.01)
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
+    process.signal(signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
     server.slow = False
     use(monkeypatch, "mnist", server.serve_mnist())
     assert sources.read("mnist") == MNIST
     assert sorted(path.name for path in (cache / "mnist").iterdir()) == sorted(MNIST)
 
 
-def test_full_disk_is_one_line(server: Server, cache: Path) -> None:
-    process = start(server, cache, limit=50_000)  # writes beyond 50 kB fail
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("cannot keep mnist in") and "MAELAB_DATA" in err
+def test_full_disk_is_one_line(maelab: Maelab, server: Server, cache: Path) -> None:
+    ended = start(maelab, server, cache, largest_file=50_000).wait()  # writes beyond 50 kB fail
+    assert ended.status == 1 and ended.out == "" and "Traceback" not in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("maelab: cannot keep mnist in") and "MAELAB_DATA" in last
 
 
 def test_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

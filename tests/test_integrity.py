@@ -1,6 +1,5 @@
 """Every file of a checkpoint is checked when it is read; what was damaged, cut or taken away is noticed and said."""
 
-import itertools
 import json
 import os
 import shutil
@@ -199,8 +198,10 @@ def test_a_commit_is_all_or_nothing(better, monkeypatch, tmp_path):
     commit(tmp_path / "before", files(1, True), {"step": 1})
     commit(tmp_path / "before", files(2, False), {"step": 2})
     before, replace = contents(tmp_path / "before"), os.replace
-    for n in itertools.count(1):
-        run, left = Path(shutil.copytree(tmp_path / "before", tmp_path / str(n))), [n]
+    n, left = 0, [0]
+    while left[0] <= 0:  # until it replaces fewer files than that
+        n, left = n + 1, [n + 1]
+        run = Path(shutil.copytree(tmp_path / "before", tmp_path / str(n)))
 
         def deadly(source: Path, target: Path, left: list[int] = left) -> None:
             left[0] -= 1
@@ -219,8 +220,6 @@ def test_a_commit_is_all_or_nothing(better, monkeypatch, tmp_path):
                 assert all((run / "checkpoints" / name).read_bytes() == before[name] for name in NAMES)
         commit(run, files(3, better), {"step": 3})
         assert contents(run) == before | files(3, better)
-        if left[0] > 0:  # it replaces fewer files than that
-            break
     assert n > 8
 
 
