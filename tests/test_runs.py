@@ -228,7 +228,7 @@ def kill_at_random(seed: int, kills: int, maelab: Maelab, line: tuple[object, ..
     chance = random.Random(seed)
     for _ in range(kills):
         process = maelab.start(*line, cwd=cwd)
-        time.sleep(chance.uniform(0.1, 1.5))
+        time.sleep(chance.uniform(0.05, 0.8))
         process.signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
         ended = process.wait()
         assert ended.status in (0, 130, -signal.SIGKILL) or "a complete run" in ended.err, (seed, ended)

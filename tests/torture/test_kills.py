@@ -85,7 +85,7 @@ def test_killed_again_and_again(name, maelab: Maelab, digits_folder: Path, begin
         run, before, clean = cwd / "run", killed, 0
         if name == "overwrite":  # another complete run lies there
             shutil.copytree(cwd / "mae", run)
-        longest = 1.0
+        longest = 0.5
         while killed < kills and killed - before < 8:
             process = maelab.start(*command, cwd=cwd)
             time.sleep(chance.uniform(0.02, longest))
