@@ -176,10 +176,12 @@ def _die_at(name: str, n: int, when: str) -> None:
     os.replace = deadly
 
 
-def _exit(main: Callable[[], int]) -> NoReturn:
-    """As the interpreter ends a process, but without a second's work of taking every module down."""
+def _exit(main: Callable[[], int], first: str) -> NoReturn:
+    """Run the code and the command, and end as the interpreter ends a process, but without a second's work of taking
+    every module down."""
     status = 70
     try:
+        exec(first, {})
         status = main()
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -234,8 +236,7 @@ def _serve() -> None:
         if "die" in request:
             _die_at(*request["die"])
         sys.argv = ["maelab", *request["arguments"]]
-        exec(request.get("first", ""), {})
-        _exit(main)
+        _exit(main, request.get("first", ""))
 
 
 if __name__ == "__main__":
