@@ -3,11 +3,13 @@
 import datetime
 import functools
 import itertools
+import math
 import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +39,12 @@ from maelab.training.runlog import environment
 IMAGES = 10_000
 CLASSES = 10
 TURN_SECONDS = 1.0
+STEP_SECONDS = 15.0  # who needs longer for a step is only said to
+BUDGET_SECONDS = 270.0  # for all cases together
 COLUMNS = {
     "maelab_images_per_s": "maelab", "peer_fp32_images_per_s": "peer fp32", "peer_bf16_images_per_s": "peer bf16",
     "floor_images_per_s": "products alone", "ratio_fp32": "x fp32", "ratio_bf16": "x bf16",
-    "fraction_of_floor": "share of it", "data_share": "batches", "peak_rss_mb": "peak MB",
+    "fraction_of_floor": "share of it", "fraction_of_peak": "of peak", "data_share": "batches", "peak_rss_mb": "MB",
 }  # fmt: skip
 SERVED = "maelab:mnist-classifier"
 SERVING = {"serve-mnist-1": 1, "serve-mnist-256": 256}  # images at a time
@@ -60,11 +64,14 @@ def cases() -> dict[str, PretrainConfig | FinetuneConfig]:
     }
 
 
+def _shape(config: PretrainConfig | FinetuneConfig) -> tuple[int, int, int]:
+    return (3, 32, 32) if config.data == "cifar10" else (1, 28, 28)
+
+
 def _noise_images(config: PretrainConfig | FinetuneConfig, device: str) -> ImageSet:
     """Random pixels of the data set's shape: what they show does not change the speed."""
-    shape = (3, 32, 32) if config.data == "cifar10" else (1, 28, 28)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, *shape), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (IMAGES, *_shape(config)), dtype=torch.uint8, generator=generator)
     return ImageSet(images, torch.randint(CLASSES, (IMAGES,), generator=generator)).to(device)
 
 
@@ -282,6 +289,7 @@ def _contestant(pipe: Connection, name: str, who: str, device: str, threads: int
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         step = _steps(name, device)[who]()
+        pipe.send("built")
         pipe.send(_seconds(step, 0, 1, device))
         while (turn := pipe.recv()) is not None:
             first, count = turn
@@ -291,66 +299,121 @@ def _contestant(pipe: Connection, name: str, who: str, device: str, threads: int
         pipe.send(error if isinstance(error, MaelabError) else RunError(f"{who}: {type(error).__name__}: {error}"))
 
 
-def _turns(name: str, repeats: int, device: str) -> tuple[dict[str, list[float]], float]:
-    """Seconds a step of every contestant, turn by turn, and the peak memory of the first in MB.
+class _TooSlow(Exception):
+    """A step took longer than anyone waits."""
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Seconds a step of every contestant, turn by turn; who was too slow; peak memory of the first in MB."""
+
+    times: dict[str, list[float]]
+    too_slow: list[str]
+    peak_mb: float
+
+
+def _turns(name: str, repeats: int, device: str, budget_s: float, say: Callable[[str], None]) -> _Turns:
+    """Let the contestants take turns, each at most `repeats`, and no new round once `budget_s` seconds have gone.
 
     Each lives in a process of its own, so that none has another's settings (of memory, say) or warm pages.
     """
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, {}
+    deadline = time.perf_counter() + budget_s
+
+    def answer(who: str, within_s: float | None = None) -> Any:
+        if not pipes[who].poll(within_s):
+            raise _TooSlow
+        if isinstance(said := pipes[who].recv(), MaelabError):
+            raise said
+        return said
 
     def ask(who: str, question: tuple[int, int] | None) -> float:
         pipes[who].send(question)
         return answer(who)
 
-    def answer(who: str) -> float:
-        said = pipes[who].recv()
-        if isinstance(said, MaelabError):
-            raise said
-        return said
-
     times: dict[str, list[float]] = {}
+    too_slow: list[str] = []
     try:
         for who in _steps(name, "cpu"):
+            say(f"{name}: the first step of {who}")
             pipes[who], end = context.Pipe()
             given = (end, name, who, device, torch.get_num_threads())
-            processes.append(context.Process(target=_contestant, args=given, daemon=True))
-            processes[-1].start()
+            processes[who] = context.Process(target=_contestant, args=given, daemon=True)
+            processes[who].start()
             answer(who)
-            times[who] = []
+            try:
+                answer(who, STEP_SECONDS)
+                times[who] = []
+            except _TooSlow:
+                too_slow.append(who)
+                processes[who].kill()
         for turn in range(repeats):
-            for who in times:  # the first step after another's turn finds cold caches: it only sets the count
-                count = max(1, min(50, round(TURN_SECONDS / ask(who, (100 * turn, 1)))))
-                times[who].append(ask(who, (100 * turn + 1, count)))
+            begun = time.perf_counter()
+            for who in times:
+                say(f"{name}: turn {turn + 1} of {repeats}, {who}")
+                seconds = ask(who, (100 * turn, 1))  # after another's turn the caches are cold
+                if seconds < TURN_SECONDS / 2:
+                    seconds = ask(who, (100 * turn + 1, max(1, min(50, round(TURN_SECONDS / seconds)))))
+                times[who].append(seconds)
+            if 2 * time.perf_counter() - begun > deadline:  # another round as long would not end in time
+                break
         peaks = [ask(who, None) for who in times]
-        for process in processes:
-            process.join()
-        return times, peaks[0]
+        return _Turns(times, too_slow, peaks[0])
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
+            process.join()
 
 
-def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
-    """One case: all contestants in turns, medians over `repeats` turns of about a second or one step."""
-    times, peak = _turns(name, repeats, device)
-    median = {who: statistics.median(values) for who, values in times.items()}
+def measure(
+    name: str, repeats: int, device: str, budget_s: float = math.inf, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """One case: all contestants in turns of about a second or one step, and their medians.
+
+    Args:
+        name: of the case.
+        repeats: turns of each contestant at most.
+        device: where to compute.
+        budget_s: seconds after which no new round of turns begins.
+        say: is told what is measured now.
+
+    Returns:
+        Images per second and ratios; None for who did not finish a step in time, which `limits` bounds from above.
+    """
+    turns = _turns(name, repeats, device, budget_s, say)
+    median = {who: statistics.median(values) for who, values in turns.times.items()}
     batch_size = SERVING[name] if name in SERVING else cases()[name].batch_size
     rate = {who: batch_size / seconds for who, seconds in median.items()}
-    result: dict[str, Any] = {"name": name, "batch_size": batch_size}
-    result |= {"spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in times.items()}}
-    if name in SERVING:
-        return result | {f"{who}_images_per_s": round(rate[who], 1) for who in SERVERS}
-    return result | {
-        "maelab_images_per_s": round(rate["maelab"], 1),
-        "peer_fp32_images_per_s": round(rate["peer_fp32"], 1),
-        "peer_bf16_images_per_s": round(rate["peer_bf16"], 1),
-        "floor_images_per_s": round(rate["floor"], 1),
-        "ratio_fp32": round(rate["maelab"] / rate["peer_fp32"], 2),
-        "ratio_bf16": round(rate["maelab"] / rate["peer_bf16"], 2),
-        "fraction_of_floor": round(rate["maelab"] / rate["floor"], 3),
-        "data_share": round(median["batch"] / median["maelab"], 4),
-        "peak_rss_mb": round(peak),
+    result: dict[str, Any] = {
+        "name": name,
+        "batch_size": batch_size,
+        "turns": len(next(iter(turns.times.values()))),
     }
+    result |= {"spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in turns.times.items()}}
+    result |= {"limits": {who: round(batch_size / STEP_SECONDS, 1) for who in turns.too_slow}}
+
+    rates = {
+        f"{who}_images_per_s": round(rate[who], 1) if who in rate else None
+        for who in [*turns.times, *turns.too_slow]
+        if who != "batch"
+    }
+    if name in SERVING:
+        return result | rates
+    ours = rate["maelab"]
+
+    def ratio(other: str, digits: int) -> float | None:
+        return round(ours / rate[other], digits) if other in rate else None
+
+    config = cases()[name]
+    flops = sum(2 * count * M * K * N for count, M, K, N in products(config, _shape(config))) / batch_size
+    peak = native.peak_flops() if device == "cpu" else None
+    return result | rates | {
+        "ratio_fp32": ratio("peer_fp32", 2), "ratio_bf16": ratio("peer_bf16", 2),
+        "fraction_of_floor": ratio("floor", 3),
+        "fraction_of_peak": round(ours * flops / peak / torch.get_num_threads(), 3) if peak else None,
+        "data_share": round(median["batch"] / median["maelab"], 4),
+        "peak_rss_mb": round(turns.peak_mb),
+    }  # fmt: skip
 
 
 def bench(
@@ -367,7 +430,7 @@ def bench(
 
     Args:
         names: cases; none measures all.
-        repeats: turns that each contestant gets.
+        repeats: turns that each contestant gets at most; slow machines get fewer, so that it ends in five minutes.
         device: where to compute.
         threads: CPU threads; None takes one per core.
         out: folder for a dated JSON file and a row in its README.md.
@@ -387,15 +450,26 @@ def bench(
     if threads is not None:
         check_count("--threads", threads, 1, 1024)
         torch.set_num_threads(threads)
-    console = Console(stderr=True, width=130)
-    results = []
-    for name in names or [*cases(), *SERVING]:
-        with console.status(f"measuring {name}"):
-            results.append(measure(name, repeats, device))
+    console = Console(stderr=True, width=140)
+    versions = environment(device, {})
+    console.print(
+        f"{versions['cpu'] if device == 'cpu' else device}, {torch.get_num_threads()} threads, {native.reason()}"
+    )
+    results: list[dict[str, Any]] = []
+    todo, begun = names or [*cases(), *SERVING], time.perf_counter()
+    with console.status("") as status:
+        for i, name in enumerate(todo):
+            budget_s = max(0.0, BUDGET_SECONDS - (time.perf_counter() - begun)) / (len(todo) - i)
+            left = f"at most {BUDGET_SECONDS - (time.perf_counter() - begun):.0f} s left"
+            results.append(
+                measure(name, repeats, device, budget_s, lambda text, left=left: status.update(f"{text}; {left}"))
+            )
+            if not console.is_terminal:
+                console.print(f"{name}: {results[-1]['turns']} turns")
     import transformers
 
     now = datetime.datetime.now(datetime.UTC)
-    versions = environment(device, {}) | {"transformers": transformers.__version__}
+    versions |= {"transformers": transformers.__version__}
     result = {
         "cases": results, "date": now.isoformat(timespec="seconds"), "repeats": repeats,
         "kernels": native.reason() if device == "cpu" else "torch", "environment": versions,
@@ -408,13 +482,21 @@ def bench(
             table.add_column(column, justify="right")
         rows = [case for case in results if columns.keys() <= case.keys()]
         for case in rows:
-            table.add_row(case["name"], *(f"{case[key]:g}" for key in columns))
+            table.add_row(case["name"], *(_cell(case, key) for key in columns))
         if rows:
             console.print(table)
     if out is not None:
         write_json(out / f"{now:%Y-%m-%d-%H%M%S}.json", result)
         _append_rows(out / "README.md", result)
     return result
+
+
+def _cell(case: dict[str, Any], key: str) -> str:
+    """A figure, or where there is none the bound on it."""
+    if case[key] is not None:
+        return f"{case[key]:g}"
+    limit = case["limits"].get(key.removesuffix("_images_per_s"))
+    return f"under {limit:g}" if limit else "-"
 
 
 _HEAD = "| date | case |"
@@ -428,6 +510,6 @@ def _append_rows(readme: Path, result: dict[str, Any]) -> None:
         text += "|---" * (len(COLUMNS) + 4) + "|\n"
     versions = result["environment"]
     for case in [case for case in result["cases"] if COLUMNS.keys() <= case.keys()]:
-        cells = [result["date"][:10], case["name"], *(f"{case[key]:g}" for key in COLUMNS)]
+        cells = [result["date"][:10], case["name"], *(_cell(case, key) for key in COLUMNS)]
         text += "| " + " | ".join([*cells, str(versions["threads"]), str(versions["git_commit"])]) + " |\n"
     write_atomically(readme, text.encode())

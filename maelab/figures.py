@@ -1,20 +1,23 @@
-"""Pictures of a run, from arrays and metrics. Needs no torch: anything that numpy takes is an image."""
+"""Pictures of a run, from arrays and metrics. Needs no torch: anything that numpy takes is an image.
+
+matplotlib is imported where something is drawn: half a second that a prediction does without.
+"""
 
 import contextlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
 from maelab.names import short, visible
 from maelab.runs import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 150
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
@@ -22,11 +25,13 @@ NAME, LINE, LINES = 16, 240, 12  # characters of a class's name; of a line, and 
 
 
 @contextlib.contextmanager
-def literal(figure: Figure) -> Iterator[None]:
+def literal(figure: "Figure") -> Iterator[None]:
     """Draw every text of a figure as it is written, whoever wrote it: no formula, no character that does something.
 
     A character that the font lacks is drawn as a box.
     """
+    import matplotlib
+    from matplotlib.text import Text
 
     def plain(text: str) -> str:
         return "\n".join(short(line, LINE) for line in text.split("\n")[:LINES])
@@ -55,11 +60,13 @@ def panels(rows: int = 1, columns: int = 1, *, layout: Any = None, figsize: tupl
         figsize: width and height, inches.
         more: for `Figure.subplots`.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
-def save_figure(figure: Figure, file: Path) -> None:
+def save_figure(figure: "Figure", file: Path) -> None:
     """Write a PNG atomically.
 
     Raises:
@@ -110,6 +117,8 @@ def overlay(images: Any, heat: Any) -> np.ndarray:
     Returns:
         (N, 3, H, W) in [-1, 1].
     """
+    import matplotlib
+
     pictures = []
     for image, values in zip(images, np.asarray(heat), strict=True):
         grey = to_picture(image).mean(axis=2, keepdims=True)  # (H, W, 1)
@@ -322,6 +331,8 @@ def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields:
         title: what the numbers are.
     """
     rows, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    import matplotlib
+
     table = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in values.items():
         if value is not None:

@@ -33,11 +33,12 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def drawing_nothing() -> Iterator[None]:
     """Runs inside this process draw no pictures."""
-    from maelab import figures
+    from matplotlib.figure import Figure
+
     from maelab.tasks import finetune, pretrain
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((figures.Figure, "savefig"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
+        for module, name in ((Figure, "savefig"), (pretrain, "PICTURED"), (finetune, "PICTURED")):
             patch.setattr(module, name, getattr(module, name))  # to have it back
         draw_nothing()
         yield

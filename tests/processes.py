@@ -198,6 +198,7 @@ def _serve() -> None:
     import torch._dynamo
     import torch.distributed
     import torch.utils.serialization.config  # noqa: F401
+    from matplotlib.figure import Figure
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
@@ -205,7 +206,7 @@ def _serve() -> None:
     from maelab.cli import main
     from maelab.tasks import attention, evaluate, features, predict, probe, reconstruct  # noqa: F401
 
-    draw, figures.DPI = figures.Figure.savefig, 30
+    draw, figures.DPI = Figure.savefig, 30
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         assert main(["pretrain", "smoke", "--epochs", "0"]) == 2
         figures.curves(Path(folder) / "curves.png", [{"epoch": 1, "split": "train", "loss": 1.0}])
@@ -232,7 +233,7 @@ def _serve() -> None:
         if "temp" in request:
             tempfile.tempdir = request["temp"]
         if request.get("drawn"):
-            figures.Figure.savefig = draw
+            Figure.savefig = draw
         if "die" in request:
             _die_at(*request["die"])
         sys.argv = ["maelab", *request["arguments"]]

@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from maelab import figures
@@ -157,7 +158,7 @@ def test_confusion_colours_rows_by_share_and_its_text_can_be_read(tmp_path):
     assert (columns > middle).mean() > 0.9  # both rows were mostly taken for b
 
 
-def written(figure: figures.Figure) -> dict[str, tuple[str, str]]:
+def written(figure: Figure) -> dict[str, tuple[str, str]]:
     """Text in a table that is drawn -> (its row, its column), by the names at the sides."""
     ax = figure.axes[0]
     rows, columns = ([label.get_text() for label in axis.get_ticklabels()] for axis in (ax.yaxis, ax.xaxis))
@@ -166,9 +167,9 @@ def written(figure: figures.Figure) -> dict[str, tuple[str, str]]:
 
 
 @pytest.fixture
-def saved(monkeypatch) -> list[figures.Figure]:
+def saved(monkeypatch) -> list[Figure]:
     """The figures that are drawn in the test."""
-    seen: list[figures.Figure] = []
+    seen: list[Figure] = []
     save = figures.save_figure
     monkeypatch.setattr(figures, "DPI", 20)
     monkeypatch.setattr(figures, "save_figure", lambda figure, file: (seen.append(figure), save(figure, file))[1])
@@ -230,7 +231,7 @@ def test_a_figure_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monke
         Path(target).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figures.Figure, "savefig", fails)
+    monkeypatch.setattr(Figure, "savefig", fails)
     with pytest.raises(KeyboardInterrupt):
         figures.curves(file, [*rows, {"epoch": 2, "split": "train", "loss": 0.5}])
     assert file.read_bytes() == before

@@ -5,7 +5,17 @@ not serve. Nothing here knows the modules of `maelab.model`; `maelab.training.bl
 """
 
 from maelab.native.block import MAX_TOKENS, refusal, run_block
-from maelab.native.library import available, reason, start, torch_multiplies_bf16
+from maelab.native.library import available, peak_flops, reason, start, torch_multiplies_bf16
 from maelab.native.muon import Muon
 
-__all__ = ["MAX_TOKENS", "Muon", "available", "reason", "refusal", "run_block", "start", "torch_multiplies_bf16"]
+__all__ = [
+    "MAX_TOKENS",
+    "Muon",
+    "available",
+    "peak_flops",
+    "reason",
+    "refusal",
+    "run_block",
+    "start",
+    "torch_multiplies_bf16",
+]

@@ -16,7 +16,7 @@ VARIANTS = ("amx", "avx512_fp16", "avx512_bf16", "avx512", "avx2", "neon", "port
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of one variant, as in kernels/block.h and kernels/muon.h, and the processor's units it runs on."""
+    """The functions of one variant, as in kernels/block.h, muon.h and peak.h, and the processor's units it runs on."""
 
     units: str
     block_forward: Any
@@ -26,12 +26,14 @@ class Kernels:
     muon: Any
     muon_workspace: Any
     start: Any
+    peak: Any
 
 
 def _variant(library: ctypes.CDLL, name: str) -> Kernels:
     functions = {field: getattr(library, f"{field}_{name}") for field in Kernels.__annotations__ if field != "units"}
     for field in ("block_workspace", "block_kept", "muon_workspace", "start"):
         functions[field].restype = ctypes.c_int64
+    functions["peak"].restype = ctypes.c_double
     return Kernels((ctypes.c_char_p.in_dll(library, f"units_{name}").value or b"").decode(), **functions)
 
 
@@ -100,6 +102,15 @@ def torch_multiplies_bf16() -> bool:
         return not {"amx", "avx512_bf16"}.isdisjoint(_served()[1])
     except (OSError, AttributeError):
         return torch.cpu._is_amx_tile_supported()
+
+
+def peak_flops() -> float | None:
+    """Floating-point operations a second of one core in the units that the kernels use, measured; None without kernels.
+
+    A multiply-add counts as two. It is the bound of any product: factors and sums stay in registers.
+    """
+    kernels = start()
+    return kernels.peak() if kernels else None
 
 
 _local = threading.local()

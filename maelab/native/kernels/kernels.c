@@ -31,6 +31,7 @@
 #endif
 #include "block.h"
 #include "muon.h"
+#include "peak.h"
 
 PUBLIC const char *NAME(units) = UNITS;
 
