@@ -358,7 +358,7 @@ def _turns(name: str, repeats: int, device: str, budget_s: float, say: Callable[
             if 2 * time.perf_counter() - begun > deadline:  # another round as long would not end in time
                 break
         peaks = [ask(who, None) for who in times]
-        return _Turns(times, too_slow, peaks[0])
+        return _Turns(times, too_slow, peaks[0] if peaks else math.nan)
     finally:
         for process in processes.values():
             process.kill()
@@ -387,7 +387,7 @@ def measure(
     result: dict[str, Any] = {
         "name": name,
         "batch_size": batch_size,
-        "turns": len(next(iter(turns.times.values()))),
+        "turns": max(map(len, turns.times.values()), default=0),
     }
     result |= {"spread": {who: [round(min(v), 4), round(max(v), 4)] for who, v in turns.times.items()}}
     result |= {"limits": {who: round(batch_size / STEP_SECONDS, 1) for who in turns.too_slow}}
@@ -399,10 +399,10 @@ def measure(
     }
     if name in SERVING:
         return result | rates
-    ours = rate["maelab"]
+    ours = rate.get("maelab")
 
     def ratio(other: str, digits: int) -> float | None:
-        return round(ours / rate[other], digits) if other in rate else None
+        return round(ours / rate[other], digits) if ours and other in rate else None
 
     config = cases()[name]
     flops = sum(2 * count * M * K * N for count, M, K, N in products(config, _shape(config))) / batch_size
@@ -410,9 +410,9 @@ def measure(
     return result | rates | {
         "ratio_fp32": ratio("peer_fp32", 2), "ratio_bf16": ratio("peer_bf16", 2),
         "fraction_of_floor": ratio("floor", 3),
-        "fraction_of_peak": round(ours * flops / peak / torch.get_num_threads(), 3) if peak else None,
-        "data_share": round(median["batch"] / median["maelab"], 4),
-        "peak_rss_mb": round(turns.peak_mb),
+        "fraction_of_peak": round(ours * flops / peak / torch.get_num_threads(), 3) if ours and peak else None,
+        "data_share": round(median["batch"] / median["maelab"], 4) if {"batch", "maelab"} <= median.keys() else None,
+        "peak_rss_mb": round(turns.peak_mb) if ours else None,
     }  # fmt: skip
 
 

@@ -10,42 +10,40 @@ static double now(void) {
 
 #ifdef __AMX_BF16__
 enum { PER_ROUND = 4 * 2 * 16 * 16 * 32 };
-static void round_of_products(void) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+static void rounds(long count) {
+    for (long i = 0; i < count; i++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
-#define ROUNDS(count) for (long i = 0; i < count; i++) round_of_products()
 #else
 #if defined(FP16) || defined(DOT)
 typedef Sum Chain;
 enum { PER_ROUND = 12 * 2 * 32 };
-INLINE Chain next(Chain c, __m512i a) { return add_products(c, a, a); }
-#define FACTOR _mm512_setzero_si512()
-#define IN_REGISTER "+v"
+INLINE Chain next(Chain c, V a) { return add_products(c, (__m512i)a, (__m512i)a); }
 #else
 typedef V Chain;
 enum { PER_ROUND = 12 * 2 * LANES };
 INLINE Chain next(Chain c, V a) { return muladd(a, a, c); }
-#define FACTOR ((V){0})
+#endif
 #ifdef __aarch64__
-#define IN_REGISTER "+w"
+#define HELD(v) __asm__ volatile("" : "+w"(v))
 #else
-#define IN_REGISTER "+x"
+#define HELD(v) __asm__ volatile("" : "+x"(v))
 #endif
-#endif
-// Twelve sums, so that none waits for itself; the empty assembly keeps the compiler from leaving any of it out.
-#define ROUNDS(count)                                                                                          \
-    Chain c[12];                                                                                               \
-    memset(c, 0, sizeof c);                                                                                    \
-    for (long i = 0; i < count; i++) {                                                                         \
-        UNROLL                                                                                                 \
-        for (int j = 0; j < 12; j++) c[j] = next(c[j], FACTOR);                                                \
-        __asm__ volatile("" : IN_REGISTER(c[0]), IN_REGISTER(c[1]), IN_REGISTER(c[2]), IN_REGISTER(c[3]),      \
-                         IN_REGISTER(c[4]), IN_REGISTER(c[5]), IN_REGISTER(c[6]), IN_REGISTER(c[7]),           \
-                         IN_REGISTER(c[8]), IN_REGISTER(c[9]), IN_REGISTER(c[10]), IN_REGISTER(c[11]));        \
+static void rounds(long count) {  // twelve sums, so that none waits for itself; HELD keeps the compiler from leaving one out
+    Chain a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0}, i = {0}, j = {0}, k = {0}, l = {0};
+    V factor = {0};
+    HELD(factor);
+    for (long n = 0; n < count; n++) {
+        a = next(a, factor), b = next(b, factor), c = next(c, factor), d = next(d, factor);
+        e = next(e, factor), f = next(f, factor), g = next(g, factor), h = next(h, factor);
+        i = next(i, factor), j = next(j, factor), k = next(k, factor), l = next(l, factor);
+        HELD(a); HELD(b); HELD(c); HELD(d); HELD(e); HELD(f); HELD(g); HELD(h); HELD(i); HELD(j); HELD(k); HELD(l);
     }
+}
 #endif
 
 // Floating-point operations a second of one core, two in each multiply-add; the best of some tries.
@@ -55,7 +53,7 @@ PUBLIC double NAME(peak)(void) {
     tiles_on();
     for (int try = 0; try < 10; try++) {
         double begun = now();
-        ROUNDS(COUNT);
+        rounds(COUNT);
         double seconds = now() - begun;
         best = MIN(best, seconds);
     }
