@@ -1,13 +1,16 @@
 """The main job, start to end: pretrain on MNIST, look at reconstructions, fine-tune, read the test set once.
 
+The recipes `mnist` in half their epochs and smaller batches, whose steps learn as much as larger ones: 0.99 sooner.
+
 `make quickstart` runs this. A second call finds both runs complete, makes the page again and prints the summary; after
-an interruption it goes on where it was.
+an interruption it goes on where it was. With --overwrite, runs of these names that are others are replaced.
 """
 
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import maelab
 from maelab import recipes
@@ -15,13 +18,20 @@ from maelab.report import report
 
 MAE, CLASSIFIER = Path("runs/quickstart-mae"), Path("runs/quickstart-classifier")
 PAGE = Path("runs/quickstart.html")
+SOONER: dict[str, Any] = {"epochs": 3, "batch_size": 128, "warmup_epochs": 0.3}
 
 
-def main() -> int:
-    begun = time.perf_counter()
-    _, mae = maelab.pretrain(recipes.pretrain_mnist(), options=maelab.RunOptions(out=MAE), recipe="mnist")
-    config = replace(recipes.finetune_mnist(), init=str(MAE))
-    _, classifier = maelab.finetune(config, options=maelab.RunOptions(out=CLASSIFIER), recipe="mnist")
+def main(arguments: list[str]) -> int:
+    begun, overwrite = time.perf_counter(), arguments == ["--overwrite"]
+    _, mae = maelab.pretrain(
+        replace(recipes.pretrain_mnist(), **SOONER),
+        options=maelab.RunOptions(out=MAE, overwrite=overwrite),
+        recipe="mnist",
+    )
+    config = replace(recipes.finetune_mnist(), init=str(MAE), **SOONER)
+    _, classifier = maelab.finetune(
+        config, options=maelab.RunOptions(out=CLASSIFIER, overwrite=overwrite), recipe="mnist"
+    )
     report([MAE, CLASSIFIER], out=PAGE)
     error, trivial = mae["val"]["masked_mse"], mae["mean_predictor_loss"]
     test, val = classifier["test"]["accuracy"], classifier["val"]["accuracy"]
@@ -36,13 +46,14 @@ Fine-tuned in {classifier["train_time_s"]:.0f} s: test accuracy {test:.2%} (vali
   curves           {CLASSIFIER}/figures/curves.png
   model            {CLASSIFIER}/checkpoints/best
 
-This call took {time.perf_counter() - begun:.0f} s. Next: .venv/bin/maelab --help""")
+This call took {time.perf_counter() - begun:.0f} s. Next: .venv/bin/maelab --help, or the recipes'
+own 6 + 6 epochs, for 99.4%: .venv/bin/maelab pretrain mnist""")
     return 0
 
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(main())
+        raise SystemExit(main(sys.argv[1:]))
     except maelab.MaelabError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None

@@ -84,16 +84,18 @@ def _batch(config: PretrainConfig | FinetuneConfig, data: ImageSet, step: int) -
     ]
 
 
-def _our_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str) -> Step:
+def _our_step(
+    config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, kernels: Literal["auto", "torch"] = "auto"
+) -> Step:
     dataset = Dataset("bench", data, data, tuple(map(str, range(CLASSES))), {}, ())
     if isinstance(config, PretrainConfig):
         model = pretrain.model_spec(config, dataset).build()
     else:
         model = finetune.model_spec(config, dataset).build()
     model.to(device).train()
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(config.precision, device, kernels)
     bf16 = precision == "bf16"
-    if precision != "fp32" and device == "cpu":
+    if kernels == "auto" and precision != "fp32" and device == "cpu":
         blocks.install(model, always=not bf16)
     optimizers = build_optimizers(model, config)
 

@@ -69,9 +69,7 @@ static __attribute__((noinline)) void two_tiles_mul(int panels, long kt, const h
 
 #else
 // As float32: for each k the rows side by side, up to so many tiles: first-level cache.
-#ifndef DEEP
 #define DEEP 8L
-#endif
 #if LANES == 16
 #define UNITS "AVX-512"
 #elif LANES == 8

@@ -129,11 +129,11 @@ static void unpack(const float *acc, long stride, long parts, long M, long N, in
                 else store(out + (m + r) * N + n + j * LANES, ordered[j]);
         }
         for (int side = 0; side < 2 * transposed; side++)
-            for (int half_ = 0; half_ < 2; half_++) {
-                transpose(t[side][half_]);
+            for (int columns = 0; columns < 2; columns++) {
+                transpose(t[side][columns]);
                 for (int i = 0; i < 16; i++)
                     for (int j = 0; j < PARTS; j++)
-                        store((float *)out + (n + 16 * half_ + i) * M + m + 16 * side + j * LANES, (V)t[side][half_][i * PARTS + j]);
+                        store((float *)out + (n + 16 * columns + i) * M + m + 16 * side + j * LANES, (V)t[side][columns][i * PARTS + j]);
             }
     }
 }
