@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure  # noqa: F401 - it makes its own cache, as it should: before anything is watched
 import torch
 from engine import JSON_TOKENS, Target
 from safetensors.torch import save, save_file
