@@ -25,12 +25,12 @@ test: .venv/.dev
 # Every variant of the native kernels that runs here or under qemu-aarch64, the wheel, and the plain variant sanitized.
 SANITIZED := build/sanitized
 kernels: .venv/.dev
-	$(BIN)/python -m pytest -m 'slow or not slow' -n 0 tests/test_native.py
+	$(BIN)/python -m pytest -m 'slow or not slow' -n 2 --dist load tests/test_native.py
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r maelab tests pyproject.toml setup.py $(SANITIZED)
 	CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' \
 	$(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	cd $(SANITIZED) && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 MAELAB_NATIVE=portable PYTHONPATH=. ../../$(BIN)/python -m pytest -n 0 tests/test_fast.py
+	ASAN_OPTIONS=detect_leaks=0 MAELAB_NATIVE=portable PYTHONPATH=. ../../$(BIN)/python -m pytest -n 2 --dist load tests/test_fast.py
 
 bench: .venv/.dev
 	$(BIN)/maelab bench --out bench
