@@ -24,15 +24,16 @@ from maelab import native, recipes
 from maelab.config import FinetuneConfig, PretrainConfig, check_count
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
-from maelab.data.batches import batch_index, step_generator
+from maelab.data.batches import batch_index, step_generator, to_device
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.export import export
 from maelab.model.masks import len_keep
 from maelab.runs import write_atomically, write_json
 from maelab.tasks import finetune, pretrain
 from maelab.training import blocks
+from maelab.training.capture import WARM_UP, captured
 from maelab.training.checkpoint import load_model
-from maelab.training.optim import build_optimizers
+from maelab.training.optim import build_optimizers, keep_learning_rate
 from maelab.training.parallel import choose_precision
 from maelab.training.runlog import environment
 
@@ -79,9 +80,8 @@ def _batch(config: PretrainConfig | FinetuneConfig, data: ImageSet, step: int) -
     """Images float32 (B, C, H, W) in [-1, 1] from uint8, varied, and labels (B,): the same for everyone."""
     assert data.labels is not None
     index = batch_index(len(data), config.batch_size, config.seed, step)
-    return augment(data.images, index, config, step_generator(config.seed, step)), data.labels[
-        index.to(data.labels.device)
-    ]
+    labels = data.labels[to_device(index, data.labels.device)]
+    return augment(data.images, index, config, step_generator(config.seed, step)), labels
 
 
 def _our_step(
@@ -98,9 +98,9 @@ def _our_step(
     if kernels == "auto" and precision != "fp32" and device == "cpu":
         blocks.install(model, always=not bf16)
     optimizers = build_optimizers(model, config)
+    keep_learning_rate(optimizers, torch.device(device) if device == "cuda" else None)
 
-    def step(number: int) -> None:
-        images, labels = _batch(config, data, number)
+    def update(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             if isinstance(config, PretrainConfig):
                 loss = model.training_loss(images, config.mask_ratio)  # type: ignore[operator]
@@ -110,8 +110,10 @@ def _our_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        return {}
 
-    return step
+    run = captured(update) if device == "cuda" else update
+    return lambda number: run(*_batch(config, data, number))
 
 
 def _peer_step(config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, bf16: bool) -> Step:
@@ -292,7 +294,7 @@ def _contestant(pipe: Connection, name: str, who: str, device: str, threads: int
         torch.manual_seed(0)
         step = _steps(name, device)[who]()
         pipe.send("built")
-        pipe.send(_seconds(step, 0, 1, device))
+        pipe.send(_seconds(step, 0, WARM_UP + 2 if device == "cuda" else 1, device))
         while (turn := pipe.recv()) is not None:
             first, count = turn
             pipe.send(_seconds(step, first, count, device))

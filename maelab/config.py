@@ -362,7 +362,7 @@ class ComputeOptions(_Config):
     attention: Literal["auto", "matmul", "fused"] = "auto"
     """form of attention outside those kernels; auto: products in training on a CPU, else torch's fused kernel"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the blocks; auto: on CUDA, where its warm-up pays"""
+    """auto: on CUDA, capture whole steps as graphs (several processes: torch.compile); on: compile too; off: neither"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -193,16 +193,16 @@ def _measure(
             return classification_scores(class_probabilities(model, some), some.labels)
 
         if isinstance(config, PretrainConfig):
-            step_loss = pretraining.make_step_loss(config, train_set, model.num_patches)
+            step = pretraining.make_step(config, train_set, model.num_patches)
         else:
-            step_loss = finetuning.make_step_loss(config, train_set, len(data.class_names))
+            step = finetuning.make_step(config, train_set, len(data.class_names))
         times: list[float] = []
 
         def timed(model: Any, number: int) -> dict[str, float]:
             times.append(time.perf_counter())
             return validate(model, number)
 
-        task = Task(model, spec, steps * config.batch_size, step_loss, timed, metric, metric != "loss")
+        task = Task(model, spec, steps * config.batch_size, step, timed, metric, metric != "loss")
         with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
             train(engine, Path(place), task, replace(config, epochs=3))
         return times[2] - times[1]  # the first epoch also builds and allocates

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE, device
+from device import COPIES, DEVICE, aten, device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maelab import recipes
 from maelab.config import ProbeConfig, RunOptions
@@ -57,28 +58,70 @@ def test_a_run_that_was_stopped_goes_on(optimizer: str, digits_folder: Path, tmp
     config = small(recipes.pretrain_smoke(), digits_folder, optimizer=optimizer, ema_decay=0.9, clip_grad=1.0)
     pretrain.pretrain(config, options=options(tmp_path / "cpu"))
     monkeypatch.setattr(pretrain, "start_engine", lambda *_: Engine(DEVICE, "fp32"))
-    made = pretrain.make_step_loss
+    made = pretrain.make_step
 
     def failing(*arguments: Any) -> Any:
-        step_loss = made(*arguments)
+        step = made(*arguments)
 
-        def fails(model: Any, step: int, *more: Any) -> Any:
-            if step == 5:
+        def fails(number: int, *more: Any) -> Any:
+            if number == 5:
                 raise KeyboardInterrupt
-            return step_loss(model, step, *more)
+            return step.batch(number, *more)
 
-        return fails
+        return replace(step, batch=fails)
 
     with device():
-        monkeypatch.setattr(pretrain, "make_step_loss", failing)
+        monkeypatch.setattr(pretrain, "make_step", failing)
         with pytest.raises(KeyboardInterrupt):
             pretrain.pretrain(config, options=options(tmp_path / "device"))
-        monkeypatch.setattr(pretrain, "make_step_loss", made)
+        monkeypatch.setattr(pretrain, "make_step", made)
         pretrain.pretrain(config, options=options(tmp_path / "device"))
     ours, theirs = (
         [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("device", "cpu")
     )
     assert ours == pytest.approx(theirs, rel=1e-3 if optimizer == "muon" else 1e-5) and len(ours) == 4
+
+
+class _Recording(TorchDispatchMode):
+    """What a graph cannot hold: a number read back, a shape that depends on numbers, a way to the CPU or back."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default):
+            raise AssertionError(f"{func} waits for the device")
+        result = func(*args, **(kwargs or {}))
+        if func in COPIES and result.device != args[1 if func is aten.copy_.default else 0].device:
+            raise AssertionError(f"{func} leaves the device")
+        return result
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_captured_stays_on_the_device(optimizer: str, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """And its rates follow the schedule: it ends where the plain steps do."""
+    steps = []
+
+    def captured(step: Any) -> Any:
+        def run(*batch: torch.Tensor) -> Any:
+            steps.append([x.shape for x in batch])
+            with _Recording():
+                return step(*batch)
+
+        return run
+
+    monkeypatch.setattr("maelab.training.loop.captured", captured)
+    changes: dict[str, Any] = {"optimizer": optimizer, "ema_decay": 0.9, "clip_grad": 1.0}
+    before = small(recipes.pretrain_smoke(), digits_folder, **changes)
+    after = small(recipes.finetune_smoke(), digits_folder, **changes, drop_path=0.1, mixup=0.8, random_erasing=0.5)
+    losses = []
+    for captures in (True, False):
+        engine = Engine(DEVICE, "fp32", captures=captures)
+        monkeypatch.setattr(pretrain, "start_engine", lambda *_, engine=engine: engine)
+        monkeypatch.setattr(finetune, "start_engine", lambda *_, engine=engine: engine)
+        with device():
+            for name, task, config in (("mae", pretrain.pretrain, before), ("classifier", finetune.finetune, after)):
+                folder, _ = task(config, options=options(tmp_path / f"{name}-{captures}"))  # type: ignore[operator]
+                losses += [row["loss"] for row in read_metrics(folder) if "loss" in row]
+    assert losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], rel=1e-5)
+    assert len(steps) > 4 and all(shapes == steps[0] for shapes in steps[: len(steps) // 4])
 
 
 def test_every_task_runs_there(strict: None, digits_folder: Path, tmp_path: Path):

@@ -486,7 +486,7 @@ def test_muon_reads_no_state_of_another_layout(monkeypatch):
         )
         parameter.grad = torch.ones(64, 32)
         optimizer.step()
-    assert torch.equal(weight, other)
+    torch.testing.assert_close(weight, other, rtol=0, atol=0.02 * 0.01)  # a hundredth of the step, in bfloat16
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ from maelab.errors import RunError, UsageError
 from maelab.runs import read_metrics
 from maelab.tasks import finetune, pretrain
 from maelab.training.checkpoint import ModelSpec
-from maelab.training.loop import Outcome, Task, train
+from maelab.training.loop import Outcome, Step, Task, train
 from maelab.training.optim import schedule
 from maelab.training.parallel import start_engine
 
@@ -186,16 +186,19 @@ def line_task(validate: Callable[[Any, int], dict[str, float]] | None = None, **
     """Fit a line to six points, two at a time."""
     torch.manual_seed(0)
 
-    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+    def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.arange(2) + 2 * (step % 3)
         rows = rows[part * 2 // parts : (part + 1) * 2 // parts]
-        return {"loss": (model(X[rows]) - Y[rows]).square().mean(), "step": torch.tensor(float(step))}
+        return X[rows], Y[rows], torch.tensor(float(step))
+
+    def loss(model: Any, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (model(x) - y).square().mean(), "step": step}
 
     task = Task(
         model=nn.Linear(2, 1),
         spec=ModelSpec("Linear", {"in_features": 2, "out_features": 1}, "none"),
         items=6,
-        step_loss=step_loss,
+        step=Step(batch, loss),
         validate=validate or (lambda model, epoch: {"loss": (model(X) - Y).detach().square().mean().item()}),
         metric="loss",
         higher_is_better=False,
@@ -236,11 +239,13 @@ def test_ema_equals_a_naive_average(tmp_path):
     class Watch:  # the weights after each step are those before the next, and those at the end
         def __call__(self, *arguments: Any) -> dict[str, torch.Tensor]:
             after.append(flat(task.model))
-            return task.step_loss(*arguments)
+            return task.step.loss(*arguments)
 
     judged = []
     watched = replace(
-        task, step_loss=Watch(), validate=lambda model, epoch: judged.append(flat(model)) or {"loss": -epoch}
+        task,
+        step=replace(task.step, loss=Watch()),
+        validate=lambda model, epoch: judged.append(flat(model)) or {"loss": -epoch},
     )
     fit(tmp_path, watched, ema_decay=0.8)
     assert torch.equal(after[0], start)
@@ -331,22 +336,22 @@ def test_patience_stops_after_so_many_epochs_without_a_better_one(tmp_path, pati
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     task = line_task()
 
-    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
-        values = task.step_loss(model, step, part, parts)
-        return {"loss": values["loss"] * (math.nan if step == 4 else 1)}
+    def loss(*arguments: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = task.step.loss(*arguments)
+        return {"loss": values["loss"] * (math.nan if values["step"] == 4 else 1)}
 
     with pytest.raises(RunError, match=r"the loss is nan at step 5 \(epoch 2\).*try a lower --blr, --clip"):
-        fit(tmp_path, replace(task, step_loss=step_loss))
+        fit(tmp_path, replace(task, step=replace(task.step, loss=loss)))
     saved = load_file(tmp_path / "checkpoints" / "last" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_at_once(tmp_path):
-    def never(*arguments: Any) -> dict[str, torch.Tensor]:
+    def never(*arguments: Any) -> Any:
         raise AssertionError("a step was made")
 
     with pytest.raises(UsageError, match="a batch of 6 images cannot be cut into 4 equal parts; see --batch-size"):
-        fit(tmp_path, line_task(step_loss=never), batch_size=8, accumulate=4)
+        fit(tmp_path, line_task(step=Step(never, never)), batch_size=8, accumulate=4)
 
 
 def test_rates_and_gradients_start_clean_each_step(tmp_path):

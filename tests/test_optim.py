@@ -9,7 +9,7 @@ from torch import nn
 
 from maelab.config import BlocksConfig
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
-from maelab.training.optim import build_optimizers, layer_index, schedule, set_learning_rate
+from maelab.training.optim import build_optimizers, keep_learning_rate, layer_index, schedule, set_learning_rate
 
 DEPTH = 3
 SHAPE: dict[str, Any] = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": DEPTH, "num_heads": 2}
@@ -186,3 +186,28 @@ def test_muon_moves_a_matrix_by_a_nearly_orthogonal_update_and_decays_it():
     assert singular.min() > 0.5 and singular.max() < 1.4, singular  # five Newton-Schulz steps do not go further
     other = model.get_parameter("blocks.1.mlp.fc1.weight").detach()
     torch.testing.assert_close(other, classifier().get_parameter("blocks.1.mlp.fc1.weight").detach() * 0.95)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_in_tensors_step_as_rates_in_numbers(optimizer):
+    """A captured step reads them where they were when it was recorded."""
+
+    def run(device: torch.device | None) -> tuple[list[torch.Tensor], list[Any]]:
+        model, rates = classifier(), []
+        optimizers = build_optimizers(model, BlocksConfig(optimizer=optimizer, blr=0.1, weight_decay=0.3))
+        keep_learning_rate(optimizers, device)
+        for step in range(3):
+            set_learning_rate(optimizers, schedule(step, 3, 1))
+            rates.append([group["lr"] for o in optimizers for group in o.param_groups])
+            model(torch.ones(2, 1, 8, 8)).square().sum().backward()
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+        keep_learning_rate(optimizers, None)
+        assert all(type(group["lr"]) is float for o in optimizers for group in o.param_groups)
+        return [p.detach() for p in model.parameters()], rates
+
+    (ours, places), (theirs, numbers) = run(torch.device("cpu")), run(None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert all(a is b for first in places for a, b in zip(first, places[0], strict=True))
+    assert numbers[0] != numbers[2]

@@ -16,7 +16,7 @@ from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import Attention, Block
 from maelab.training.checkpoint import ModelSpec
-from maelab.training.loop import Task, train
+from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import choose_precision, prepare, start_engine
 
 CPU = RunOptions(device="cpu")
@@ -48,15 +48,15 @@ def test_a_training_step_and_validation_run_in_the_chosen_precision(precision, t
             seen["step"].add(self(x).dtype is torch.bfloat16)
             return super().forward(x).float()
 
-    def step_loss(model, step, part, parts):
-        return {"loss": model.called_by_name(torch.ones(4, 8)).square().mean()}
+    def loss(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": model.called_by_name(x).square().mean()}
 
     def validate(model, epoch):
         seen["validation"].add(model(torch.ones(4, 8)).dtype is torch.bfloat16)
         return {"loss": 1.0}
 
     spec = ModelSpec("Linear", {"in_features": 8, "out_features": 2}, "none")
-    task = Task(Linear(8, 2), spec, 8, step_loss, validate, "loss", False)
+    task = Task(Linear(8, 2), spec, 8, Step(lambda *_: (torch.ones(4, 8),), loss), validate, "loss", False)
     train(start_engine(CPU, precision), tmp_path, task, LoopConfig(epochs=1, batch_size=4, warmup_epochs=0))
     assert seen == {"step": {precision == "bf16"}, "validation": {precision == "bf16"}}
 

@@ -17,7 +17,7 @@ from torch import nn
 from maelab.config import LoopConfig, RunOptions
 from maelab.errors import RunError, UsageError
 from maelab.training.checkpoint import ModelSpec
-from maelab.training.loop import Task, train
+from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import start_engine
 from maelab.training.ranks import launch
 
@@ -103,14 +103,16 @@ def decide(folder: Path) -> None:
     found: dict[str, Any] = {}
 
     def task(bad_step: int | None) -> Task:
-        def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
-            loss = model(torch.ones(1, 2)).square().mean()
-            return {"loss": loss * (math.nan if step == bad_step and rank == 1 else 1)}
+        def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor]:
+            return (torch.full((1, 2), math.nan if step == bad_step and rank == 1 else 1.0),)
+
+        def loss(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": model(x).square().mean()}
 
         def validate(model: Any, epoch: int) -> dict[str, float]:
             return {"loss": float(epoch if rank == 0 else -epoch)}
 
-        return Task(nn.Linear(2, 1), spec, 4, step_loss, validate, "loss", False, patience=2)
+        return Task(nn.Linear(2, 1), spec, 4, Step(batch, loss), validate, "loss", False, patience=2)
 
     config = LoopConfig(epochs=6, batch_size=2, warmup_epochs=0)
     for name in ("patience", "nan"):

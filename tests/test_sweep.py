@@ -149,14 +149,14 @@ ONE_FAILS = """
 import os
 from maelab.tasks import pretrain
 
-made = pretrain.make_step_loss
+made = pretrain.make_step
 
 def make(config, *more):
     if config.patch_size == 14 and os.environ["RANK"] == "1":
         raise ValueError("something odd in the second process")
     return made(config, *more)
 
-pretrain.make_step_loss = make
+pretrain.make_step = make
 """
 
 

@@ -16,7 +16,7 @@ from maelab.inference import class_probabilities, extract_features, knn_accuracy
 from maelab.model.masks import make_mask
 from maelab.tasks import finetune, pretrain, probe
 from maelab.training.checkpoint import ModelSpec, load_model, save_model
-from maelab.training.loop import Outcome, Task, train
+from maelab.training.loop import Outcome, Step, Task, train
 
 SMALL: dict[str, Any] = {"precision": "fp32", "limit": 64, "batch_size": 16, "epochs": 2, "val_fraction": 0.2}
 
@@ -98,12 +98,16 @@ def test_the_loop_of_a_fine_tuning_gets_its_patience_and_decay_and_smooths(digit
 
     train_set, _ = training_sets(load(config.data), config)
     assert train_set.labels is not None
-    loss = finetune.make_step_loss(config, train_set, 10)
-    losses = [float(loss(Sure(), 0, part, 2)["loss"]) for part in (0, 1)]
-    whole = float(loss(Sure(), 0, 0, 1)["loss"])
+
+    def loss_of(step: Step, part: int, parts: int) -> float:
+        return float(step.loss(Sure(), *step.batch(0, part, parts))["loss"])
+
+    step = finetune.make_step(config, train_set, 10)
+    losses = [loss_of(step, part, 2) for part in (0, 1)]
+    whole = loss_of(step, 0, 1)
     assert sum(losses) / 2 == pytest.approx(whole, rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
-    mixing = finetune.make_step_loss(replace(config, mixup=0.8, cutmix=1.0), train_set, 10)
-    mixed = [float(mixing(Sure(), 0, part, parts)["loss"]) for part, parts in ((0, 2), (1, 2), (0, 1))]
+    mixing = finetune.make_step(replace(config, mixup=0.8, cutmix=1.0), train_set, 10)
+    mixed = [loss_of(mixing, part, parts) for part, parts in ((0, 2), (1, 2), (0, 1))]
     assert sum(mixed[:2]) / 2 == pytest.approx(mixed[2], rel=1e-5) and mixed[2] != pytest.approx(whole, rel=1e-3)
     first = torch.tensor([9.0, *[0.0] * 9]).log_softmax(0)
     smooth = -(0.6 * first + 0.4 * first.mean())  # by class: the loss of an image of it

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from maelab.config import Augment
-from maelab.data.batches import knows_float64, rank_slice, scale
+from maelab.data.batches import knows_float64, rank_slice, scale, to_device
 
 __all__ = ["Augment", "augment", "mix"]
 
@@ -45,7 +45,7 @@ def augment(
         return torch.rand(B, columns, generator=generator, device=generator.device)
 
     def part(parameters: torch.Tensor) -> torch.Tensor:
-        return rank_slice(parameters, rank, world).to(images.device, non_blocking=True)
+        return to_device(rank_slice(parameters, rank, world), images.device)
 
     x = images[part(index)]  # (b, C, H, W), b = B / world
     if cfg.crop_padding:
@@ -123,7 +123,7 @@ def mix(
         blend = np.where(cut, 1, blend)
 
     def part(parameters: np.ndarray) -> torch.Tensor:
-        return rank_slice(torch.from_numpy(parameters), rank, world).to(images.device, non_blocking=True)
+        return to_device(rank_slice(torch.from_numpy(parameters), rank, world), images.device)
 
     lam = part(share.astype(np.float32))[:, None]  # (b, 1)
     keep = part(blend.astype(np.float32))[:, None, None, None]
@@ -256,8 +256,8 @@ def _rand_augment_op(x: torch.Tensor, u: torch.Tensor, strength: torch.Tensor, r
         at = mask.nonzero()[:, 0]
         if len(at) == 0:
             continue
-        parameter = (matrix if i == 0 else signed)[at].to(x.device, non_blocking=True)
-        at = at.to(x.device, non_blocking=True)
+        parameter = to_device((matrix if i == 0 else signed)[at], x.device)
+        at = to_device(at, x.device)
         x[at] = _warp(x[at], parameter) if i == 0 else _COLOUR[i - 1](x[at], parameter)
     return x
 

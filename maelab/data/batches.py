@@ -80,6 +80,13 @@ def unscale(images: torch.Tensor) -> torch.Tensor:
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor where it is used, sent without waiting: from pinned memory, which alone a GPU fetches by itself."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def in_batches(function: Callable[[torch.Tensor], T], data: ImageSet, batch_size: int) -> Iterator[T]:
     """What a function makes of all images in order, a batch at a time, an incomplete last one included.
 

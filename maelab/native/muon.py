@@ -1,5 +1,8 @@
 """Muon (Jordan et al. 2024) with its products in the native kernels, or in what the processor multiplies fast."""
 
+# pyright: reportPrivateImportUsage=false
+# torch documents its operations on lists of tensors under their names with an underscore.
+
 import ctypes
 
 import torch
@@ -19,8 +22,8 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon, which multiplies in bfloat16, where the device has units for that.
 
     On a CPU its step runs in the native kernels, if `kernels` and they can: every matrix float32, its sides multiples
-    of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment. Elsewhere it runs in float32 on
-    CPUs whose products in bfloat16 are slower.
+    of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment. Elsewhere matrices of one shape
+    are orthogonalised together, in float32 on CPUs whose products in bfloat16 are slower; a rate may be a tensor.
     """
 
     def __init__(self, params, *, kernels: bool = True, **settings) -> None:
@@ -42,7 +45,7 @@ class Muon(torch.optim.Muon):
         library = start() if served else None
         if library is None:
             slow = any(p.is_cpu and p.dtype is torch.float32 for p in matrices) and not torch_multiplies_bf16()
-            return self._step_in_float32(groups) if usual and slow else super().step(closure)
+            return self._step_in_torch(groups, None if slow else torch.bfloat16) if usual else super().step(closure)
         array = (_Matrix * len(matrices))()
         kept = []  # contiguous copies live until the call returns
         for slot, (group, p) in zip(array, [(group, p) for group, ps in groups for p in ps], strict=True):
@@ -70,21 +73,28 @@ class Muon(torch.optim.Muon):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         return self.state[p]["momentum_buffer"]
 
-    def _step_in_float32(self, groups) -> None:
+    def _step_in_torch(self, groups, dtype: torch.dtype | None) -> None:
+        """A step with the products in `dtype`; None: in that of the matrices."""
         for group, parameters in groups:
+            if not parameters:
+                continue
             a, b, c = group["ns_coefficients"]
-            for p in parameters:
-                assert p.grad is not None
-                momentum = self._momentum(p).lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                tall = p.shape[0] > p.shape[1]
-                x = x.T if tall else x
-                x = x / x.norm().clamp(min=group["eps"])
+            gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            wanted = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for shape in dict.fromkeys(p.shape for p in parameters):
+                same = [i for i, p in enumerate(parameters) if p.shape == shape]
+                tall = shape[0] > shape[1]
+                x = torch.stack([wanted[i] for i in same]).to(dtype)  # (matrices, rows, columns)
+                x = x.mT if tall else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
                 for _ in range(group["ns_steps"]):
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x.T if tall else x, alpha=rate)
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                moves = (x.mT if tall else x).to(parameters[same[0]].dtype) * -rate
+                torch._foreach_add_([parameters[i] for i in same], list(moves.unbind()))
 
     def _fits(self, p: torch.Tensor) -> bool:
         momentum = self.state[p].get("momentum_buffer", p) if p in self.state else p

@@ -11,13 +11,13 @@ from maelab import figures
 from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, training_sets
 from maelab.data.augment import augment, mix
-from maelab.data.batches import batch_index, rank_slice, scale, step_generator
+from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters
 from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_model
-from maelab.training.loop import StepLoss, Task, train
+from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
@@ -64,25 +64,27 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     return ModelSpec("VisionTransformer", arguments, data.name, data.class_names)
 
 
-def make_step_loss(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> StepLoss:
-    """The loss of a training step on `train_set`, as `maelab.training.loop.Task` takes it."""
+def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> Step:
+    """A training step on `train_set`: its batch and loss."""
     labels = train_set.labels
     assert labels is not None
 
-    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+    def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = batch_index(len(train_set), config.batch_size, config.seed, step)
         generator = step_generator(config.seed, step)
         images = augment(train_set.images, index, config, generator, part, parts)
-        truth = labels[rank_slice(index, part, parts).to(labels.device)]
-        images, targets = mix(
+        truth = labels[to_device(rank_slice(index, part, parts), labels.device)]
+        return mix(
             images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,
             label_smoothing=config.label_smoothing, rank=part, world=parts,
         )  # fmt: skip
-        logits = model(images).float()
+
+    def loss(model: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = model(images).float()  # (b, classes)
         right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
         return {"loss": F.cross_entropy(logits, targets), "accuracy": right}
 
-    return step_loss
+    return Step(batch, loss)
 
 
 @in_processes
@@ -146,7 +148,7 @@ def finetune(
             model=model,
             spec=spec,
             items=len(train_set),
-            step_loss=make_step_loss(config, train_set, num_classes),
+            step=make_step(config, train_set, num_classes),
             validate=lambda model, epoch: scores(model, val_set),
             metric="accuracy",
             higher_is_better=True,

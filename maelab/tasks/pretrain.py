@@ -9,7 +9,7 @@ from maelab import figures
 from maelab.config import PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, limit, load, training_sets
 from maelab.data.augment import augment
-from maelab.data.batches import batch_index, rank_slice, scale, step_generator
+from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
 from maelab.inference import (
     caption,
@@ -24,7 +24,7 @@ from maelab.model import MaskedAutoencoderViT, patchify
 from maelab.model.masks import hidden_count, make_mask
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec
-from maelab.training.loop import StepLoss, Task, train
+from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
@@ -69,17 +69,20 @@ def mean_predictor_mse(data: ImageSet, norm_pix_loss: bool, patch_size: int) -> 
     return float(patches.var(dim=0, correction=0).mean())
 
 
-def make_step_loss(config: PretrainConfig, train_set: ImageSet, num_patches: int) -> StepLoss:
-    """The loss of a training step on `train_set`, as `maelab.training.loop.Task` takes it."""
+def make_step(config: PretrainConfig, train_set: ImageSet, num_patches: int) -> Step:
+    """A training step on `train_set`: its batch and loss."""
 
-    def step_loss(model: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+    def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = batch_index(len(train_set), config.batch_size, config.seed, step)
         generator = step_generator(config.seed, step)
         noise = rank_slice(torch.rand(len(index), num_patches, generator=generator), part, parts)
         images = augment(train_set.images, index, config, generator, part, parts)
-        return {"loss": model.training_loss(images, config.mask_ratio, noise.to(images.device))}
+        return images, to_device(noise, images.device)  # (b, C, H, W), (b, L)
 
-    return step_loss
+    def loss(model: Any, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": model.training_loss(images, config.mask_ratio, noise)}
+
+    return Step(batch, loss)
 
 
 @in_processes
@@ -147,7 +150,7 @@ def pretrain(
                 model=model,
                 spec=spec,
                 items=len(train_set),
-                step_loss=make_step_loss(config, train_set, num_patches),
+                step=make_step(config, train_set, num_patches),
                 validate=validate,
                 metric="loss",
                 higher_is_better=False,

@@ -10,13 +10,13 @@ from torch import nn
 from maelab import figures
 from maelab.config import ProbeConfig, RunOptions
 from maelab.data import training_sets
-from maelab.data.batches import batch_index, rank_slice
+from maelab.data.batches import batch_index, rank_slice, to_device
 from maelab.errors import UsageError
 from maelab.inference import classification_scores, extract_features, knn_accuracy
 from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
-from maelab.training.loop import Task, train
+from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
@@ -81,10 +81,13 @@ def probe(
         def logits(linear: Any, rows: torch.Tensor) -> torch.Tensor:
             return linear((rows - mean) / deviation).float()
 
-        def step_loss(linear: Any, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+        def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
             index = rank_slice(batch_index(len(labels["train"]), config.batch_size, config.seed, step), part, parts)
-            index = index.to(engine.device)
-            return {"loss": F.cross_entropy(logits(linear, features["train"][index]), labels["train"][index])}
+            index = to_device(index, engine.device)
+            return features["train"][index], labels["train"][index]
+
+        def loss(linear: Any, rows: torch.Tensor, truth: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": F.cross_entropy(logits(linear, rows), truth)}
 
         def scores(linear: Any, part: str) -> dict[str, float]:
             return classification_scores(logits(linear, features[part]).softmax(dim=1), labels[part])
@@ -93,7 +96,7 @@ def probe(
             model=linear,
             spec=ModelSpec("Linear", arguments, data.name, data.class_names),
             items=len(parts["train"]),
-            step_loss=step_loss,
+            step=Step(batch, loss),
             validate=lambda linear, epoch: scores(linear, "val"),
             metric="accuracy",
             higher_is_better=True,

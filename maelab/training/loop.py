@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from maelab.config import BlocksConfig, LoopConfig
@@ -24,13 +25,13 @@ from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.runs import commit
 from maelab.runs.checkpoints import TRAINING, checkpoints
+from maelab.training.capture import captured
 from maelab.training.checkpoint import ModelSpec, damaged, load_model, portable, read_training
-from maelab.training.optim import build_optimizers, schedule, set_learning_rate
+from maelab.training.optim import build_optimizers, keep_learning_rate, schedule, set_learning_rate
 from maelab.training.parallel import Engine
 from maelab.training.runlog import RunLog, in_words
 from maelab.training.trackers import Tracker
 
-StepLoss = Callable[[Any, int, int, int], dict[str, torch.Tensor]]  # see Task
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
 
 
@@ -41,6 +42,21 @@ class Interrupted(MaelabError):
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a training step computes.
+
+    Args:
+        batch: (step, part, parts) -> tensors on the device: the given part of the step's batch.
+        loss: (model, *batch) -> {"loss": mean, ...}; further entries are averaged over the epoch and logged. It may
+            call any method of the model, and nothing else of it: among several processes a stand-in is passed, see
+            `Engine.joined`. On CUDA it is recorded once and replayed: it reads nothing back from the device.
+    """
+
+    batch: Callable[[int, int, int], tuple[torch.Tensor, ...]]
+    loss: Callable[..., dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class Task:
     """What is trained and how it is judged.
 
@@ -48,9 +64,7 @@ class Task:
         model: the whole model, on the CPU.
         spec: its description, for the portable checkpoint.
         items: how many training items make an epoch.
-        step_loss: (model, step, part, parts) -> {"loss": mean, ...} over the given part of the step's batch; further
-            entries are averaged over the epoch and logged. It may call any method of the model, and nothing else of it:
-            among several processes a stand-in is passed, see `Engine.joined`.
+        step: batch and loss of a training step.
         validate: (model, epoch from 1) -> {"loss": ..., further metrics} on validation, without gradients. Only the
             first process is asked.
         metric: the entry of `validate` that chooses the best epoch.
@@ -63,7 +77,7 @@ class Task:
     model: nn.Module
     spec: ModelSpec
     items: int
-    step_loss: StepLoss
+    step: Step
     validate: Callable[[Any, int], dict[str, float]]
     metric: str
     higher_is_better: bool
@@ -143,7 +157,31 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                 average.load_state_dict(saved["average"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(resumed_from, error) from error
+    capture = engine.captures and config.accumulate == 1
+    keep_learning_rate(optimizers, engine.device if capture else None)
     model = engine.joined(task.model)
+
+    def gradients(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        with engine.autocast():
+            values = task.step.loss(model, *batch)
+        (values["loss"] / config.accumulate).backward()
+        return {name: value.detach() for name, value in values.items()}
+
+    def update() -> None:
+        if config.clip_grad:
+            nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if average is not None:
+            _update_average(average, task.model, config.ema_decay)
+
+    def gradients_and_update(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = gradients(*batch)
+        update()
+        return values
+
+    run_step = captured(gradients_and_update) if capture else gradients
 
     def save(better: bool = False) -> None:
         """Commit the last state, and with it the best weights if these are the best."""
@@ -188,13 +226,12 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                 for part in range(config.accumulate):
                     part_of_all = engine.global_rank * config.accumulate + part
                     torch.manual_seed(part_seed(config.seed, step, part_of_all))  # for dropped paths and patches
+                    batch = task.step.batch(step, part_of_all, parts)
                     with engine.apart(model) if part + 1 < config.accumulate else nullcontext():
-                        with engine.autocast():
-                            values = task.step_loss(model, step, part_of_all, parts)
-                        (values["loss"] / config.accumulate).backward()
-                    loss += values["loss"].detach() / config.accumulate
+                        values = run_step(*batch)
+                    loss += values["loss"] / config.accumulate
                     for key, value in values.items():
-                        part_of_sum = value.detach().to(wide) / config.accumulate
+                        part_of_sum = value.to(wide) / config.accumulate
                         position["sums"][key] = position["sums"].get(key, 0) + part_of_sum
                 stopping = stop.is_set()
                 if (
@@ -205,13 +242,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                     check(told[1], step)
                 elif engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
                     check(float(loss), step)
-                if config.clip_grad:
-                    nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_grad)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if average is not None:
-                    _update_average(average, task.model, config.ema_decay)
+                if not capture:
+                    update()
                 position["step"] += 1
                 position["images"] += batch_size
 
@@ -282,9 +314,8 @@ def _stale(position: dict[str, Any], per_epoch: int, patience: int) -> bool:
 @torch.no_grad()
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Exponential moving average of the weights (Polyak and Juditsky 1992)."""
-    for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 1)
 
 
 def _top_rate(optimizers: Any) -> float:
-    return max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
+    return max(float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups)

@@ -68,4 +68,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
     """Set every group to `factor` times its `base_lr`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            rate = group["base_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def keep_learning_rate(optimizers: list[torch.optim.Optimizer], device: torch.device | None) -> None:
+    """Keep the rates in tensors on a device, where a captured step reads them anew each time; None: in numbers."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = rate if device is None else torch.tensor(rate, dtype=torch.float32, device=device)
+            if "capturable" in group:  # AdamW's name for it
+                group["capturable"] = device is not None

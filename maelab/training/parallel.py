@@ -36,6 +36,7 @@ class Engine:
     Args:
         device: its own.
         precision: 'fp32'; 'bf16' for matrix products in bfloat16; or 'native' for those of the native kernels alone.
+        captures: whether whole training steps become CUDA graphs.
         global_rank: its number, from 0.
         world_size: how many processes there are.
     """
@@ -44,6 +45,7 @@ class Engine:
     precision: str
     global_rank: int = 0
     world_size: int = 1
+    captures: bool = False
 
     @property
     def is_global_zero(self) -> bool:
@@ -178,7 +180,8 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
         torch.set_float32_matmul_precision("high")
     precision = choose_precision(precision, device, options.kernels)
     if world_size == 1:
-        return Engine(torch.device(device, 0) if device == "cuda" else torch.device(device), precision)
+        here = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        return Engine(here, precision, captures=device == "cuda" and options.compile != "off")
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -217,7 +220,8 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
         One line that says what was chosen, e.g. 'cpu, bf16, native kernels on AMX, 2 threads'.
     """
     device, precision = engine.device.type, engine.precision
-    compiled = options.compile == "on" or (options.compile == "auto" and device == "cuda")
+    several = device == "cuda" and engine.world_size > 1  # whose steps are not captured
+    compiled = options.compile == "on" or (options.compile == "auto" and several)
     for module in model.modules():
         if isinstance(module, Block):
             module.fast = None
@@ -242,6 +246,7 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
     if in_torch:
         chosen += [f"{attention} attention"]
     chosen += ["compiled"] if compiled else []
+    chosen += ["steps captured"] if engine.captures else []
     if device == "cpu":
         chosen += [f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"]
     if engine.world_size > 1:

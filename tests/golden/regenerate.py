@@ -87,12 +87,12 @@ def record(curve: Curve, folder: Path, muon_in_bf16: bool = True) -> list[float]
     parts: list[float] = []
 
     def recording(engine: Engine, run: Path, task: Task, config: LoopConfig, tracker: None) -> Outcome:
-        def step_loss(*arguments: Any) -> dict[str, torch.Tensor]:
-            values = task.step_loss(*arguments)
+        def loss(*arguments: Any) -> dict[str, torch.Tensor]:
+            values = task.step.loss(*arguments)
             parts.append(float(values["loss"].detach()))
             return values
 
-        return train(engine, run, replace(task, step_loss=step_loss), config, tracker)
+        return train(engine, run, replace(task, step=replace(task.step, loss=loss)), config, tracker)
 
     config = replace(curve.config, data=data.name)
     options = RunOptions(out=folder / "run", device="cpu", threads=1)
