@@ -6,6 +6,7 @@ Each dataclass is flat, so that every field is a flag: `mask_ratio` is `--mask-r
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -21,6 +22,32 @@ LARGEST_SIDE = 2**15  # of an image, pixels
 LARGEST_COUNT = 2**63  # of everything that is counted; torch's seeds and sizes end here
 
 
+# What is asked of a number, None apart: a test, the words for it, and the fields of which it is asked.
+_BOUNDS: tuple[tuple[Callable[[Any], bool], str, frozenset[str]], ...] = (
+    (lambda n: n >= 1, "be at least 1", frozenset({
+        "limit", "epochs", "batch_size", "accumulate", "patch_size", "embed_dim", "depth", "num_heads",
+        "decoder_embed_dim", "decoder_num_heads", "neighbours", "threads", "devices", "num_nodes",
+    })),
+    (lambda n: n >= 0, "be at least 0", frozenset({
+        "split_seed", "seed", "blr", "weight_decay", "warmup_epochs", "clip_grad", "muon_lr", "crop_padding",
+        "affine_degrees", "affine_scale", "affine_shear", "affine_translate", "elastic", "color_jitter",
+        "rand_augment_ops", "rand_augment_magnitude", "decoder_depth", "knn_every", "mixup", "cutmix", "patience",
+    })),
+    (lambda n: 0 < n < 1, "lie between 0 and 1", frozenset({"val_fraction", "beta2", "mask_ratio"})),
+    (lambda n: 0 <= n < 1, "lie in [0, 1)", frozenset({"ema_decay", "drop_path", "patch_drop"})),
+    (lambda n: 0 <= n <= 1, "lie between 0 and 1", frozenset({
+        "crop_scale", "random_erasing", "label_fraction", "layer_decay", "label_smoothing",
+    })),
+    (lambda n: n > 0, "be above 0", frozenset({"mlp_ratio", "crop_scale", "label_fraction", "layer_decay"})),
+    (lambda n: n < 1, "be below 1", frozenset({"affine_scale"})),
+    (lambda n: n <= 10, "be at most 10", frozenset({"rand_augment_magnitude"})),
+    (lambda n: n <= 1024, "be at most 1024", frozenset({"threads", "devices"})),
+    (lambda n: n % 4 == 0, "be a multiple of 4 (position embedding)", frozenset({"embed_dim", "decoder_embed_dim"})),
+    (lambda sides: min(sides) > 0, "be positive", frozenset({"img_size"})),
+)  # fmt: skip
+_DIVIDES = {"accumulate": "batch_size", "num_heads": "embed_dim", "decoder_num_heads": "decoder_embed_dim"}
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UsageError(message)
@@ -28,28 +55,6 @@ def _require(condition: bool, message: str) -> None:
 
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
-
-
-def _at_least(config: object, low: float, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value is None or value >= low, f"{_flag(field)} must be at least {low:g}, got {value}")
-
-
-def _divides(config: object, part: str, whole: str) -> None:
-    a, b = getattr(config, part), getattr(config, whole)
-    _require(b % a == 0, f"{_flag(part)} {a} does not divide {_flag(whole)} {b}")
-
-
-def _width(config: object, field: str) -> None:
-    value = getattr(config, field)
-    _require(value % 4 == 0, f"{_flag(field)} must be a multiple of 4 (position embedding), got {value}")
-
-
-def _share(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(0 <= value <= 1, f"{_flag(field)} must lie between 0 and 1, got {value}")
 
 
 def _in_short(value: object) -> str:
@@ -103,7 +108,7 @@ _types = functools.cache(get_type_hints)
 @dataclass(frozen=True, kw_only=True)
 class _Config:
     def __post_init__(self) -> None:
-        """Start of the chain of validations: every value has its type, and is neither infinite nor beyond any use."""
+        """Every value has its type, is neither infinite nor beyond any use, and keeps its bounds."""
         for field in dataclasses.fields(self):
             flag, value, kind = _flag(field.name), getattr(self, field.name), _types(type(self))[field.name]
             _require(_fits(value, kind), f"{flag} must be {_in_words(kind)}, got {_in_short(value)}")
@@ -115,6 +120,14 @@ class _Config:
                 largest = LARGEST_SIDE if field.name == "img_size" else LARGEST.get(field.name)
                 if isinstance(number, int | float) and largest:
                     _require(number <= largest, f"{flag} must be at most {largest}, got {number}")
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in values.items():
+            for good, words, fields in _BOUNDS:
+                _require(name not in fields or good(value), f"{_flag(name)} must {words}, got {value}")
+        for part, whole in _DIVIDES.items():
+            if part in values:
+                a, b = values[part], values[whole]
+                _require(b % a == 0, f"{_flag(part)} {a} does not divide {_flag(whole)} {b}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +142,6 @@ class DataConfig(_Config):
     """seed of that split, apart from --seed so that runs with other seeds share their validation images"""
     limit: int | None = None
     """train on the first so many images of a seeded shuffle (quick tries)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "limit")
-        _at_least(self, 0, "split_seed")
-        _require(0 < self.val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {self.val_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +171,6 @@ class LoopConfig(_Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the matrix products; auto takes bf16 where the hardware has units for it"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "epochs", "batch_size", "accumulate")
-        _at_least(self, 0, "seed", "blr", "weight_decay", "warmup_epochs", "clip_grad")
-        _require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
-        _require(0 < self.beta2 < 1, f"--beta2 must lie between 0 and 1, got {self.beta2}")
-        _divides(self, "accumulate", "batch_size")
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksConfig(LoopConfig):
@@ -181,10 +180,6 @@ class BlocksConfig(LoopConfig):
     """muon: Muon for the matrices of the blocks, AdamW for the rest"""
     muon_lr: float = 0.02
     """Muon's learning rate"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 0, "muon_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +202,6 @@ class EncoderConfig(_Config):
     """have a class token"""
     learned_pos_embed: bool = False
     """learn the position embedding, instead of the fixed sine-cosine one"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "patch_size", "embed_dim", "depth", "num_heads")
-        _require(self.mlp_ratio > 0, f"--mlp-ratio must be above 0, got {self.mlp_ratio}")
-        _require(self.img_size is None or min(self.img_size) > 0, f"--img-size must be positive, got {self.img_size}")
-        _divides(self, "num_heads", "embed_dim")
-        _width(self, "embed_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,18 +233,6 @@ class Augment(_Config):
     random_erasing: float = 0.0
     """erase a random rectangle with this probability (arXiv 1708.04896)"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 0, "crop_padding", "affine_degrees", "affine_scale", "affine_shear", "affine_translate")
-        _at_least(self, 0, "elastic", "color_jitter", "rand_augment_ops", "rand_augment_magnitude")
-        _share(self, "crop_scale", "random_erasing")
-        _require(self.crop_scale > 0, "--crop-scale must be above 0")
-        _require(
-            self.rand_augment_magnitude <= 10,
-            f"--rand-augment-magnitude must be at most 10, got {self.rand_augment_magnitude}",
-        )
-        _require(self.affine_scale < 1, f"--affine-scale must be below 1, got {self.affine_scale}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
@@ -275,14 +250,6 @@ class PretrainConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
     """attention heads of the decoder"""
     knn_every: int = 1
     """follow k-NN accuracy on validation every so many epochs, where there are labels; 0 is never"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 < self.mask_ratio < 1, f"--mask-ratio must lie between 0 and 1, got {self.mask_ratio}")
-        _at_least(self, 1, "decoder_embed_dim", "decoder_num_heads")
-        _at_least(self, 0, "decoder_depth", "knn_every")
-        _divides(self, "decoder_num_heads", "decoder_embed_dim")
-        _width(self, "decoder_embed_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,12 +285,6 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _share(self, "label_fraction", "layer_decay", "label_smoothing")
-        _require(self.label_fraction > 0, "--label-fraction must be above 0")
-        _require(self.layer_decay > 0, "--layer-decay must be above 0")
-        _require(0 <= self.drop_path < 1, f"--drop-path must lie in [0, 1), got {self.drop_path}")
-        _require(0 <= self.patch_drop < 1, f"--patch-drop must lie in [0, 1), got {self.patch_drop}")
-        _at_least(self, 0, "mixup", "cutmix", "patience")
         _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
 
 
@@ -342,12 +303,6 @@ class ProbeConfig(LoopConfig, DataConfig):
     neighbours: int = 20
     """k of k-NN"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "neighbours")
-        _share(self, "label_fraction")
-        _require(self.label_fraction > 0, "--label-fraction must be above 0")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(_Config):
@@ -363,11 +318,6 @@ class ComputeOptions(_Config):
     """form of attention outside those kernels; auto: products in training on a CPU, else torch's fused kernel"""
     compile: Literal["auto", "on", "off"] = "auto"
     """auto: on CUDA, capture whole steps as graphs (several processes: torch.compile); on: compile too; off: neither"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "threads")
-        _require((self.threads or 1) <= 1024, f"--threads must be at most 1024, got {self.threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,8 +343,3 @@ class RunOptions(DataOptions):
     logger: Literal["tensorboard", "wandb", "mlflow"] = "tensorboard"
     """where curves, figures and weights go too; TensorBoard's events are always written. wandb: the run folder, to send
     later, unless WANDB_MODE is online; mlflow: mlflow.db here, unless MLFLOW_TRACKING_URI names another place"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "devices", "num_nodes")
-        _require(self.devices <= 1024, f"--devices must be at most 1024, got {self.devices}")
