@@ -12,7 +12,7 @@ from markupsafe import Markup
 from maelab.errors import RunError, UsageError
 from maelab.names import visible
 from maelab.report.groups import command, load, sweep_command
-from maelab.report.pieces import Better, Figure, Material
+from maelab.report.pieces import Figure, Material
 from maelab.report.sections import sections
 from maelab.runs import write_atomically
 
@@ -38,21 +38,16 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
     if figures is not None and figures.exists() and not figures.is_dir():
         raise UsageError(f"--figures {figures} is a file; give the name of a folder")
     runs, sweeps, problems = load(folders)
-
-    def note(name: str, problem: str) -> None:
-        if (name, problem) not in problems:
-            problems.append((name, problem))
-
     if not runs:
         raise RunError(f"no run can be read: {problems[0][1]}")
     with tempfile.TemporaryDirectory() as place:
-        parts = sections(Material(runs, sweeps, Path(place), note))
+        parts = sections(Material(runs, sweeps, Path(place), problems))
         drawings = [file for file in sorted(Path(place).glob("*.png")) if not file.stem.endswith("-dark")]
         for file in drawings if figures is not None else []:
             write_atomically(figures / file.name, file.read_bytes())  # type: ignore[operator]
+    problems = list(dict.fromkeys(problems))
     for _, problem in problems:
         print(visible(f"maelab: left out: {' '.join(problem.split())}"), file=sys.stderr)
-    names = [file.name for file in folders]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("maelab.report", "."),
         autoescape=True,
@@ -61,17 +56,14 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests |= {
-        "better": lambda cell: isinstance(cell, Better),
-        "numbers": lambda cell: isinstance(cell, tuple),
-    }
+    environment.tests["numbers"] = lambda cell: isinstance(cell, tuple)
     page = environment.get_template("page.html.j2").render(
         sections=parts,
         runs=runs,
         commands={run.number: command(run) for run in runs},
         sweeps=[(sweep, sweep_command(sweep)) for sweep in sweeps if sweep.runs],
         problems=problems,
-        names=names,
+        names=[file.name for file in folders],
     )
     write_atomically(out, page.encode())
     return {

@@ -1,35 +1,28 @@
 """Published figures with ours beside them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maelab.report import published
-from maelab.report.groups import (
-    Group,
-    at_epoch,
-    families,
-    measured,
-    number,
-    start_label,
-    title,
-)
+from maelab.report.groups import Group, Statistic, families, title
 from maelab.report.pieces import (
     NONE,
     Better,
     Figure,
     Material,
     Section,
-    Statistic,
     Table,
     augmented,
     best_classifiers,
     commands,
+    counted,
     describe,
     duration,
     extra,
     filled,
-    million,
     numbers,
+    parameters,
     plain_loss,
     show,
     validated,
@@ -39,50 +32,79 @@ MEASURED_ALTERED = (
     " Our training figures are measured on augmented images or against smoothed labels, theirs on plain ones: only"
     " validation and test compare."
 )
+QUANTITIES = (("train", "loss", "loss"), ("train", "accuracy", "train"), ("val", "accuracy", "validation"))
 
 
-def versus(ours: Statistic, theirs: float | None, higher: bool = True) -> Any:
+def versus(ours: Statistic | None, theirs: float | None, higher: bool = True) -> Any:
     """Our cell, marked where it is at least as good as theirs."""
-    beaten = ours is not None and theirs is not None and (ours[0] >= theirs if higher else ours[0] <= theirs)
+    beaten = ours is not None and theirs is not None and (ours.mean >= theirs if higher else ours.mean <= theirs)
     return Better(show(ours)) if beaten else show(ours)
+
+
+def autoencoders(material: Material, patch: int, ratio: float) -> list[Group]:
+    """Our answers to a published autoencoder of MNIST."""
+    return [
+        group
+        for group in material.done("pretrain", sweeps=True)
+        if group.data == "mnist" and not group.config["norm_pix_loss"]
+        and (group.config["patch_size"], group.config["mask_ratio"]) == (patch, ratio)
+    ]  # fmt: skip
 
 
 def contender(material: Material, data: str, epochs: int) -> Group | None:
     """Our answer to a published classifier: the best on validation within its epochs, from an MNIST MAE if there is
     one, since that is the published programme."""
-    groups = [g for family in families(material.of("finetune")) for g in family if g.runs[0].data == data and g.done]
-    groups = [g for g in groups if g.config["epochs"] <= epochs]
-    same = [g for g in groups if start_label(g.runs[0]) == "from MNIST MAE"]
-    return max(same or groups, key=validated, default=None)
+    groups = [g for g in material.done("finetune") if g.data == data and g.config["epochs"] <= epochs]
+    return max([g for g in groups if g.start == "from MNIST MAE"] or groups, key=validated, default=None)
 
 
 def protocol(group: Group) -> str:
-    c, n = group.config, len(group.done)
+    c = group.config
     return (
         f"Ours: {group.name}; {describe(c)}; {c['optimizer']}; {'augmented' if augmented(c) else 'no augmentation'};"
-        f" {n} seed{'s' * (n != 1)}; {c['val_fraction']:.0%} of the training images held out."
+        f" {counted(len(group.done), 'seed')}; {c['val_fraction']:.0%} of the training images held out."
     ) + ("" if plain_loss(c) else MEASURED_ALTERED)
+
+
+def classifiers(
+    material: Material, report: str, theirs: Mapping[str, Mapping[int, Sequence[float]]], epochs: int,
+    tests: Mapping[str, float], quantities: Sequence[tuple[str, str, str]], digits: int,
+) -> list[Table]:  # fmt: skip
+    """The classifiers of a report, epoch by epoch and on its test images, each with ours of at most so many epochs.
+    `quantities` are what its figures are, (split, quantity, name), and `digits` those that it prints."""
+    tables = []
+    for data, figures in theirs.items():
+        group = contender(material, data, epochs)
+        if group is None:
+            continue
+        rows: list[list[Any]] = []
+        for epoch in sorted({*figures, group.config["epochs"]}):
+            rows.append([str(epoch)])
+            for (split, quantity, _), value in zip(
+                quantities, figures.get(epoch, [None] * len(quantities)), strict=True
+            ):
+                ours = group.at_epoch(epoch, split, quantity)
+                comparable = split == "val" or plain_loss(group.config)
+                rows[-1] += [show(value, digits), versus(ours, value if comparable else None, quantity == "accuracy")]
+        gaps, test = [""] * (2 * len(quantities) - 2), tests.get(data)
+        rows.append(["test", *gaps, show(test), versus(group.measured("test", "accuracy"), test)])
+        head = ("epoch", *(word for *_, what in quantities for word in (f"{what}, {report}", "ours")))
+        how = ", epoch by epoch" if tests else ""
+        tables.append(Table(f"{title(data)}{how}. {protocol(group)}", head, rows, commands=commands(group.runs)))
+    return tables
 
 
 def report_a(material: Material) -> Section | None:
     """Report A's tables with ours beside them."""
     blocks: list[Table | Figure] = []
     theirs = published.A_PRETRAINING
-    groups = [
-        group
-        for family in families(material.of("pretrain", sweeps=True))
-        for group in family
-        if group.done and group.runs[0].data == "mnist" and not group.config["norm_pix_loss"]
-        and (group.config["patch_size"], group.config["mask_ratio"]) == (theirs["patch_size"], 0.75)
-    ]  # fmt: skip
-    if groups:
-        group = min(groups, key=lambda g: (measured(g, "val", "masked_mse") or (math.inf,))[0])
-        train = versus(measured(group, "train", "masked_mse"), theirs["masked_mse"], higher=False)
-        took = duration((measured(group, "train_time_s") or (None,))[0])
+    if groups := autoencoders(material, theirs["patch_size"], theirs["mask_ratio"]):
+        group = min(groups, key=lambda g: math.inf if (v := g.mean("val", "masked_mse")) is None else v)
+        train = versus(group.measured("train", "masked_mse"), theirs["masked_mse"], higher=False)
         rows = [
-            ["report A", f"{theirs['masked_mse']:.4f}", NONE, str(theirs["epochs"]), "6.679 days", ()],
-            ["ours", train, show(measured(group, "val", "masked_mse")), str(group.config["epochs"]), took,
-             numbers([group])],
+            ["report A", show(theirs["masked_mse"]), NONE, str(theirs["epochs"]), theirs["took"], ()],
+            ["ours", train, show(group.measured("val", "masked_mse")), str(group.config["epochs"]),
+             duration(group.mean("train_time_s")), numbers([group])],
         ]  # fmt: skip
         caption = (
             "MNIST autoencoder, patch 4, three quarters hidden: mean squared error over hidden pixels. Theirs is a"
@@ -90,29 +112,9 @@ def report_a(material: Material) -> Section | None:
         )
         head = ("", "training MSE", "validation MSE", "epochs", "time", "runs")
         blocks.append(Table(caption, head, rows, frozenset({0, 5}), commands(group.runs)))
-    for data, epochs in published.A_CLASSIFIERS.items():
-        group = contender(material, data, published.A_EPOCHS)
-        if group is None:
-            continue
-        last, rows = group.config["epochs"], []
-        for epoch in sorted({*epochs, last}):
-            row: list[Any] = [str(epoch)]
-            loss, train, val = epochs.get(epoch, (None, None, None))
-            for split, quantity, value in (
-                ("train", "loss", loss),
-                ("train", "accuracy", train),
-                ("val", "accuracy", val),
-            ):
-                ours = at_epoch(group, epoch, split, quantity)
-                comparable = split == "val" or plain_loss(group.config)
-                row += [NONE if value is None else f"{value:.4f}"]
-                row += [versus(ours, value if comparable else None, higher=quantity == "accuracy")]
-            rows.append(row)
-        test = published.A_TEST[data]
-        rows.append(["test", *[""] * 4, f"{test:.4f}", versus(measured(group, "test", "accuracy"), test)])
-        caption = f"{title(data)}, epoch by epoch. {protocol(group)}"
-        head = ("epoch", "loss, A", "ours", "train, A", "ours", "validation, A", "ours")
-        blocks.append(Table(caption, head, rows, commands=commands(group.runs)))
+    blocks += classifiers(
+        material, "A", published.A_CLASSIFIERS, published.A_EPOCHS, published.A_TEST, QUANTITIES, digits=4
+    )
     text = [f"{published.A_PROTOCOL} Bold: ours is at least as good. {published.A_LOSSES}"]
     return Section("report-a", "Beside report A: from an MNIST autoencoder", text, blocks) if blocks else None
 
@@ -122,24 +124,16 @@ def report_b(material: Material) -> Section | None:
     blocks: list[Table | Figure] = []
     rows, used = [], []
     for (patch, mask), epochs in published.B_PRETRAINING.items():
-        groups = [
-            group
-            for family in families(material.of("pretrain", sweeps=True))
-            for group in family
-            if group.done and group.runs[0].data == "mnist" and not group.config["norm_pix_loss"]
-            and (group.config["patch_size"], group.config["mask_ratio"]) == (patch, mask)
-        ]  # fmt: skip
-        if not groups:
-            continue
-        nearest = min(abs(group.config["epochs"] - published.B_EPOCHS) for group in groups)
-        near = [g for g in groups if abs(g.config["epochs"] - published.B_EPOCHS) == nearest]
-        for group in families([run for g in near for run in g.runs], ("data",))[0]:  # named by what differs
+        groups = autoencoders(material, patch, mask)
+        off = [abs(group.config["epochs"] - published.B_EPOCHS) for group in groups]
+        near = [group for group, distance in zip(groups, off, strict=True) if distance == min(off)]
+        for group in near and families([run for g in near for run in g.runs], ("data",))[0]:  # named by what differs
             row: list[Any] = [f"{patch}", f"{mask:g}", group.name if len(near) > 1 else NONE]
             for epoch, value in epochs.items():
-                row += [f"{value:.4f}", versus(at_epoch(group, epoch, "train", "loss"), value, higher=False)]
+                row += [show(value), versus(group.at_epoch(epoch, "train", "loss"), value, higher=False)]
             value = published.B_VALIDATION.get((patch, mask))
-            row += [f"{value:.4f}" if value else NONE]
-            rows.append([*row, versus(measured(group, "val", "masked_mse"), value, higher=False), numbers([group])])
+            row += [show(value), versus(group.measured("val", "masked_mse"), value, higher=False), numbers([group])]
+            rows.append(row)
             used += group.runs
     if rows:
         head = ("patch", "hidden", "ours has", "epoch 1, B", "ours", "epoch 5, B", "ours", "epoch 10, B", "ours")
@@ -149,20 +143,7 @@ def report_b(material: Material) -> Section | None:
         )
         table = Table(caption, (*head, "val, B", "ours", "runs"), rows, frozenset({2, 11}), commands(used))
         blocks.append(filled(table))
-    for data, epochs in published.B_CLASSIFIERS.items():
-        group = contender(material, data, published.B_EPOCHS)
-        if group is None:
-            continue
-        last, rows = group.config["epochs"], []
-        for epoch in sorted({*epochs, last}):
-            train, val = epochs.get(epoch, (None, None))
-            ours = at_epoch(group, epoch, "train", "accuracy"), at_epoch(group, epoch, "val", "accuracy")
-            cells = [f"{v:.3f}" if v else NONE for v in (train, val)]
-            marked = versus(ours[0], train if plain_loss(group.config) else None), versus(ours[1], val)
-            rows.append([str(epoch), cells[0], marked[0], cells[1], marked[1]])
-        rows.append(["test", "", "", NONE, show(measured(group, "test", "accuracy"))])
-        head = ("epoch", "train, B", "ours", "validation, B", "ours")
-        blocks.append(Table(f"{title(data)}. {protocol(group)}", head, rows, commands=commands(group.runs)))
+    blocks += classifiers(material, "B", published.B_CLASSIFIERS, published.B_EPOCHS, {}, QUANTITIES[1:], digits=3)
     text = [f"{published.B_PROTOCOL} Bold: ours is at least as good.", published.B_CAUTION]
     return Section("report-b", "Beside report B: patch size and mask ratio", text, blocks) if blocks else None
 
@@ -175,17 +156,15 @@ def systems(material: Material) -> Section | None:
     ]
     ours = [group for (data, _), group in best_classifiers(material).items() if data == "cifar10"]
     for group in ours:
-        value = measured(group, "test", "accuracy")
+        value = group.measured("test", "accuracy")
         assert value is not None
         before = group.runs[0].origin
         epochs = f"{before.config['epochs']} + {group.config['epochs']}" if before else str(group.config["epochs"])
-        name = Better(f"ours, {start_label(group.runs[0])}{extra(group)}")
-        source = f"{value[2]} seed{'s' * (value[2] != 1)}"
-        params = million(number(group.done[0].result, "params"))
-        rows.append((value[0], [name, params, epochs, Better(show(value)), source, numbers([group])]))
-    rows.sort(key=lambda row: row[0])
+        name, source = Better(f"ours, {group.start}{extra(group)}"), counted(value.n, "seed")
+        row = [name, parameters(group), epochs, Better(show(value)), source, numbers([group])]
+        rows.append((value.mean, row))
     head = ("system", "parameters", "epochs", "test accuracy", "source", "runs")
     caption = "CIFAR-10 test accuracy, from the lowest to the highest; epochs of pretraining + fine-tuning."
-    shown = [row for _, row in rows]
+    shown = [row for _, row in sorted(rows, key=lambda row: row[0])]
     table = Table(caption, head, shown, frozenset({0, 4, 5}), commands(run for group in ours for run in group.runs))
     return Section("published", "Beside published CIFAR-10 accuracies", [], [table]) if ours else None

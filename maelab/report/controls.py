@@ -10,7 +10,7 @@ import numpy as np
 
 from maelab.report import published
 from maelab.report.figures import dots, fractions
-from maelab.report.groups import BUDGET, Group, aspects, families, mean_sd, measured, number, title
+from maelab.report.groups import BUDGET, Group, aspects, families, mean_sd, title
 from maelab.report.pieces import (
     MINUS,
     NONE,
@@ -28,6 +28,8 @@ from maelab.report.pieces import (
     validated,
 )
 
+PACE = ("label_fraction", "epochs", "batch_size", "warmup_epochs")  # what may change along a line of shares
+
 
 def controls(material: Material) -> Section | None:
     """Groups of one budget and model side by side, and what a single difference is worth."""
@@ -37,20 +39,17 @@ def controls(material: Material) -> Section | None:
         groups = sorted((group for group in family if group.done), key=validated, reverse=True)
         if len(groups) < 2:
             continue
-        data, runs = groups[0].runs[0].data, [run for group in groups for run in group.done]
+        data, runs = groups[0].data, [run for group in groups for run in group.done]
         what = f"{title(data)}: {describe(groups[0].config)}"
-        rows = [
-            (g.name, [v for r in g.done if (v := number(r.result, "test", "accuracy")) is not None]) for g in groups
-        ]
+        rows = [(group.name, group.values("test", "accuracy")) for group in groups]
         alt = "; ".join(f"{name}: {show(mean_sd(values))}" for name, values in rows)
         image = draw(material, slug("controls", data, runs[0].name), alt, dots, rows, "test accuracy")
         caption = f"{what}. Ticks are seeds, the dot their mean, the bar one sample standard deviation either way."
         blocks.append(figure(caption, [image], runs))
         table = [
-            [g.name, show(measured(g, "test", "accuracy")), show(measured(g, "val", "accuracy")), str(len(g.done)),
-             numbers([g])]
+            [g.name, *(show(g.measured(part, "accuracy")) for part in ("test", "val")), str(len(g.done)), numbers([g])]
             for g in groups
-        ]  # fmt: skip
+        ]
         head = ("setting", "test accuracy", "validation", "seeds", "runs")
         blocks.append(Table(what, head, table, frozenset({0, 4})))
         pairs = [pair for a, b in itertools.permutations(groups, 2) if (pair := _difference(a, b))]
@@ -84,15 +83,15 @@ def _difference(a: Group, b: Group) -> list[Any] | None:
     if len(differing) != 1:
         return None
     plainness = [(g.config["init"] == "none", not augmented(g.config), -len(g.name), g.name) for g in (a, b)]
-    x, y = measured(a, "test", "accuracy"), measured(b, "test", "accuracy")
+    x, y = a.measured("test", "accuracy"), b.measured("test", "accuracy")
     if plainness[0] > plainness[1] or x is None or y is None:
         return None
-    points = 100 * (x[0] - y[0])
+    points = 100 * (x.mean - y.mean)
     error, reading = NONE, "one seed: no statement"
-    if x[1] is not None and y[1] is not None:
-        of_x, of_y = x[1] ** 2 / x[2], y[1] ** 2 / y[2]
+    if x.deviation is not None and y.deviation is not None:
+        of_x, of_y = x.deviation**2 / x.n, y.deviation**2 / y.n
         spread = 100 * math.sqrt(of_x + of_y)
-        freedom = (of_x + of_y) ** 2 / (of_x**2 / (x[2] - 1) + of_y**2 / (y[2] - 1)) if spread else 1
+        freedom = (of_x + of_y) ** 2 / (of_x**2 / (x.n - 1) + of_y**2 / (y.n - 1)) if spread else 1
         clear = abs(points) > np.interp(freedom, range(1, len(T_95) + 1), T_95) * spread
         error, reading = f"{spread:.2f}", ("better" if points > 0 else "worse") if clear else "no clear difference"
     return [a.name, b.name, show(x), show(y), f"{points:+.2f}".replace("-", MINUS), error, reading, differing[0]]
@@ -125,48 +124,41 @@ def label_fractions(material: Material) -> Section | None:
     blocks: list[Table | Figure] = []
     loose = tuple(field for field in BUDGET if field not in PACE)
     for family in families(material.of("finetune"), loose):
-        lines: dict[str, dict[float, list[float]]] = {}
-        members: dict[str, list[Group]] = {}
+        lines: dict[str, dict[float, Group]] = {}
         for group in sorted(family, key=lambda g: g.config["epochs"]):  # of two lengths at one share, the shorter
-            same = next((n for n, others in members.items() if _rest(others[0]) == _rest(group)), None)
-            values = [v for r in group.done if (v := number(r.result, "test", "accuracy")) is not None]
-            share = group.config["label_fraction"]
-            if values and share not in lines.get(same or "", {}):
-                line = same or _without_share(group.name)
-                line = line if same or line not in members else group.name
-                members.setdefault(line, []).append(group)
-                lines.setdefault(line, {})[share] = values
-        lines = {name: points for name, points in lines.items() if len(points) > 1}
+            same = next((n for n, line in lines.items() if _rest(next(iter(line.values()))) == _rest(group)), None)
+            if group.done and group.config["label_fraction"] not in lines.get(same or "", {}):
+                name = same or _without_share(group.name)
+                line = lines.setdefault(name if same or name not in lines else group.name, {})
+                line[group.config["label_fraction"]] = group
+        lines = {name: line for name, line in lines.items() if len(line) > 1}
         if not lines:
             continue
-        runs = [run for name in lines for group in members[name] for run in group.done]
+        runs = [run for line in lines.values() for group in line.values() for run in group.done]
         data = runs[0].data
         epochs = sorted({(run.config["label_fraction"], run.config["epochs"]) for run in runs})
         paces = ", ".join(f"{share:.3g}: {count}" for share, count in epochs)
-        shown = dict(lines)
+        measured = {n: {s: group.values("test", "accuracy") for s, group in line.items()} for n, line in lines.items()}
+        shown = dict(measured)
         if data == "cifar10":
             shown["SSMAE, published (arXiv 2601.20072)"] = {k: [v] for k, v in published.CIFAR10_LABELS.items()}
+        said = (f"{n}: " + ", ".join(f"{s:g} {show(mean_sd(v))}" for s, v in p.items()) for n, p in shown.items())
         name = slug("labels", data, runs[0].name)
-        alt = "; ".join(
-            f"{n}: " + ", ".join(f"{s:g} {show(mean_sd(v))}" for s, v in p.items()) for n, p in shown.items()
-        )
-        image = draw(material, name, alt, fractions, shown, "test accuracy")
+        image = draw(material, name, "; ".join(said), fractions, shown, "test accuracy")
         caption = (
             f"{title(data)}: test accuracy over the share of the training labels, on a logarithmic axis; bars are one"
             f" sample standard deviation over seeds. Epochs at each share: {paces}."
         )
         blocks.append(figure(caption, [image], runs))
-        shares = sorted({share for points in lines.values() for share in points})
-        rows = [[n, *(show(mean_sd(points.get(share, []))) for share in shares)] for n, points in lines.items()]
+        shares = sorted({share for line in lines.values() for share in line})
+        rows = [[n, *(show(mean_sd(points.get(share, []))) for share in shares)] for n, points in measured.items()]
         head = ("start", *(f"{share:.3g}" for share in shares))
         blocks.append(Table(f"{title(data)}: test accuracy by share of the labels.", head, rows))
     return Section("labels", "Few labels", [], blocks) if blocks else None
 
 
-PACE = ("label_fraction", "epochs", "batch_size", "warmup_epochs")  # what may change along a line of shares
-
-
 def _rest(group: Group) -> dict[str, Any]:
+    """What is equal along a line of shares."""
     return {k: v for k, v in aspects(group.runs[0]).items() if k not in PACE}
 
 

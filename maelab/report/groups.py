@@ -7,9 +7,9 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maelab.config import Augment, FinetuneConfig
 from maelab.errors import RunError, UsageError
@@ -33,7 +33,16 @@ TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-
 BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
 AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
 ADAPTED = {"adapt_patch_embed": "patch embedding", "adapt_pos_embed": "position embedding"}
+PLAIN = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
 GENERIC = {"pretrain", "finetune", "probe"}  # folder names that many runs share
+
+
+class Statistic(NamedTuple):
+    """Mean, sample standard deviation (None of one value) and count."""
+
+    mean: float
+    deviation: float | None
+    n: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,15 @@ class Run:
         """What it learned on."""
         return str(self.result.get("data", "same")) if self.config["data"] == "same" else self.config["data"]
 
+    @property
+    def start(self) -> str:
+        """Where the weights came from, in words: 'from scratch', 'from MNIST MAE', 'from runs/x'."""
+        if self.config["init"] == "none":
+            return "from scratch"
+        if self.origin is None:
+            return f"from {self.config['init']}"
+        return f"from {title(self.origin.data)} {'MAE' if self.origin.task == 'pretrain' else 'classifier'}"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -93,15 +111,38 @@ class Group:
         """The finished ones, which alone enter means."""
         return [run for run in self.runs if run.result]
 
+    @property
+    def data(self) -> str:
+        return self.runs[0].data
+
+    @property
+    def start(self) -> str:
+        return self.runs[0].start
+
+    def values(self, *path: str) -> list[float]:
+        """A number of the results, of each finished run that has it."""
+        return [value for run in self.done if (value := number(run.result, *path)) is not None]
+
+    def measured(self, *path: str) -> Statistic | None:
+        return mean_sd(self.values(*path))
+
+    def mean(self, *path: str) -> float | None:
+        value = self.measured(*path)
+        return value and value.mean
+
+    def at_epoch(self, epoch: int, split: str, quantity: str) -> Statistic | None:
+        """A number of the metrics after an epoch, over the finished runs."""
+        rows = (row for run in self.done for row in run.metrics)
+        return mean_sd(number(row, quantity) for row in rows if (row["epoch"], row["split"]) == (epoch, split))
+
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep: its cells (settings, judgements or error) and the runs below it."""
 
     name: str
-    folder: Path
     content: dict[str, Any]
-    runs: tuple[Run, ...] = field(default=())
+    runs: tuple[Run, ...]
 
 
 def number(values: object, *path: str) -> float | None:
@@ -143,19 +184,18 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[Sweep], list[tuple[st
         for place in find_sweeps(given):
             sweeps.setdefault(place.resolve(), _shown(place, given))
         found = names | found
-    runs = []
-    order = sorted(found, key=lambda path: any(sweep in path.parents for sweep in sweeps))  # stable
-    for path in order:
+    cells = {path for path in found if not sweeps.keys().isdisjoint(path.parents)}
+    runs: list[Run] = []
+    for path in sorted(found, key=cells.__contains__):  # stable
         try:
-            runs.append(_read(path, found[path], len(runs) + 1, any(sweep in path.parents for sweep in sweeps)))
+            runs.append(_read(path, found[path], len(runs) + 1, path in cells))
         except (RunError, OSError) as error:
             problems.append((found[path], str(error)))
     runs = [_with_origin(run, runs) for run in runs]
     grids = []
     for path, name in sweeps.items():
         try:
-            content = sweep_of(path)
-            grids.append(Sweep(name, path, content, tuple(run for run in runs if path in run.folder.parents)))
+            grids.append(Sweep(name, sweep_of(path), tuple(run for run in runs if path in run.folder.parents)))
         except (RunError, OSError) as error:
             problems.append((name, str(error)))
     return runs, grids, list(dict.fromkeys(problems))
@@ -198,10 +238,9 @@ def _with_origin(run: Run, runs: Sequence[Run], depth: int = 0) -> Run:
 
 def _origin(run: Run, runs: Iterable[Run]) -> Run | None:
     """The run that `init` names: the same folder, or the only one whose path ends alike and whose encoder fits."""
-    init = run.config.get("init", "none")
-    if init == "none":
+    if run.config["init"] == "none":
         return None
-    parts = run_of(init).parts
+    parts = run_of(run.config["init"]).parts
     scores: dict[int, list[Run]] = {}
     for other in runs:
         if other is run or other.task == "probe":
@@ -224,24 +263,13 @@ def _identity(run: Run | None) -> str:
     """What a run was, but for the seed: equal for runs that differ in nothing else."""
     if run is None:
         return ""
-    config = {k: v for k, v in run.config.items() if k not in ("seed", "init", "recipe", "knn_every")}
-    return _key({**config, "init": _start(run)})
+    config = {k: v for k, v in run.config.items() if k not in ("seed", "recipe", "knn_every")}
+    return _key(config | {"init": _start(run)})
 
 
 def _start(run: Run) -> str:
     """What the weights were at first, but for the seed."""
-    init = run.config.get("init", "none")
-    seedless = re.sub(r"(?<![a-z])(s|seed)([-_=]?)\d+", r"\1\2*", init)
-    return _identity(run.origin) if run.origin else seedless
-
-
-def start_label(run: Run) -> str:
-    """Where the weights came from, in words: 'from scratch', 'from MNIST MAE', 'from runs/x'."""
-    if run.config.get("init", "none") == "none":
-        return "from scratch"
-    if run.origin is None:
-        return f"from {run.config['init']}"
-    return f"from {title(run.origin.data)} {'MAE' if run.origin.task == 'pretrain' else 'classifier'}"
+    return _identity(run.origin) or re.sub(r"(?<![a-z])(s|seed)([-_=]?)\d+", r"\1\2*", run.config["init"])
 
 
 def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[Group]]:
@@ -262,37 +290,34 @@ def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[G
 
 
 def _named(groups: list[list[Run]]) -> list[Group]:
-    configs = [group[0].config for group in groups]
-    varying = _differing(configs)
-    recipe, usual = nearest_recipe(groups[0][0].config) if groups[0][0].task != "probe" else ("", {})
+    firsts = [group[0] for group in groups]
+    varying = _differing(firsts)
+    recipe, usual = nearest_recipe(firsts[0].config) if firsts[0].task != "probe" else ("", {})
     names = []
-    for run in (group[0] for group in groups):
+    for run in firsts:
         few = run.task == "pretrain" and len(varying) < 3  # then each value is said, the recipe's own too
         changed = [k for k in varying if few or _key(run.config.get(k)) != _key(usual.get(k))]
         said = {k: run.config.get(k) for k in changed}
-        words = [] if run.task == "pretrain" else [start_label(run)]
-        rivals = [g[0].origin.config for g in groups if g[0].origin and words and start_label(g[0]) == words[0]]
+        words = [] if run.task == "pretrain" else [run.start]
+        rivals = [other.origin for other in firsts if other.origin and words and other.start == words[0]]
         if run.origin and rivals:
-            before = run.origin.config
-            of_start = [
-                phrase(k, before.get(k)) for k in _differing(rivals) if k not in said or said[k] != before.get(k)
-            ]
+            before = {k: run.origin.config.get(k) for k in _differing(rivals)}
+            of_start = [phrase(k, value) for k, value in before.items() if k not in said or said[k] != value]
             words = [f"{words[0]} ({', '.join(of_start)})"] if of_start else words
-        plain = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
-        if set(changed) & set(AUGMENT) and all(run.config.get(k, v) == v for k, v in plain.items()):
+        if set(changed) & set(AUGMENT) and all(run.config.get(k, v) == v for k, v in PLAIN.items()):
             words.append("no augmentation")
             changed = [k for k in changed if k not in AUGMENT]
         words += [phrase(k, run.config.get(k)) for k in changed]
         names.append(", ".join(words) or f"recipe {recipe}")
     for name, count in Counter(names).items():  # what no field tells apart, the first folder does
         if count > 1:
-            names = [f"{n} ({g[0].name})" if n == name else n for n, g in zip(names, groups, strict=True)]
+            names = [f"{n} ({run.name})" if n == name else n for n, run in zip(names, firsts, strict=True)]
     return [Group(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+def _differing(runs: Sequence[Run]) -> list[str]:
     hidden = {"seed", "init", "recipe", "task", "data", "knn_every"}
-    return [k for k in configs[0] if k not in hidden and len({_key(c.get(k)) for c in configs}) > 1]
+    return [k for k in runs[0].config if k not in hidden and len({_key(run.config.get(k)) for run in runs}) > 1]
 
 
 def phrase(name: str, value: Any) -> str:
@@ -302,41 +327,26 @@ def phrase(name: str, value: Any) -> str:
     if name in ADAPTED:
         return f"new {ADAPTED[name]}" if value == "reinit" else f"{ADAPTED[name]} {value}"
     words = name.replace("_", " ")
-    return (
-        ("" if value else "no ") + words if isinstance(value, bool) else f"{words} {'none' if value is None else value}"
-    )
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {'none' if value is None else value}"
 
 
 def aspects(run: Run) -> dict[str, Any]:
     """What may differ between two controls: where the weights came from, augmentation as one, every other field."""
     config = {k: v for k, v in run.config.items() if k not in ("seed", "init", "recipe", "task", "knn_every", *AUGMENT)}
-    if run.config.get("init") == "none":
+    if run.config["init"] == "none":
         config = {k: v for k, v in config.items() if not k.startswith("adapt_")}
         config |= {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name.startswith("adapt_")}
     return {**config, "init": _start(run), "augmentation": [run.config.get(k) for k in AUGMENT]}
 
 
-def mean_sd(values: Iterable[float | None]) -> tuple[float, float | None, int] | None:
-    """Mean, sample standard deviation (None for one value) and count of the numbers among the values."""
+def mean_sd(values: Iterable[float | None]) -> Statistic | None:
+    """The statistic of the numbers among the values."""
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
-
-
-def measured(group: Group, *path: str) -> tuple[float, float | None, int] | None:
-    """mean_sd of a number of the results over the finished runs."""
-    return mean_sd(number(run.result, *path) for run in group.done)
-
-
-def at_epoch(group: Group, epoch: int, split: str, quantity: str) -> tuple[float, float | None, int] | None:
-    """mean_sd of a number of the metrics after an epoch, over the finished runs."""
-    return mean_sd(
-        number(row, quantity)
-        for run in group.done
-        for row in run.metrics
-        if row["epoch"] == epoch and row["split"] == split
-    )
+    return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
 def command(run: Run) -> str:

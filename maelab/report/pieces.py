@@ -1,6 +1,5 @@
 """What a page is made of, and the words and numbers that its sections share."""
 
-import itertools
 import math
 import re
 import zlib
@@ -12,20 +11,9 @@ from typing import Any
 from maelab.errors import RunError
 from maelab.names import visible
 from maelab.report.figures import data_uri, drawn, picture
-from maelab.report.groups import (
-    AUGMENT,
-    Group,
-    Run,
-    Sweep,
-    command,
-    families,
-    measured,
-    phrase,
-    start_label,
-)
+from maelab.report.groups import AUGMENT, BUDGET, Group, Run, Statistic, Sweep, command, families, number, phrase
 from maelab.runs import figure_of
 
-Statistic = tuple[float, float | None, int] | None
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 
@@ -46,7 +34,6 @@ class Table:
     rows: Sequence[Sequence[Any]]
     words: frozenset[int] = frozenset({0})
     commands: Sequence[str] = ()
-    kind: str = "table"
 
 
 def filled(table: Table) -> Table:
@@ -78,7 +65,6 @@ class Figure:
     runs: tuple[int, ...]
     commands: Sequence[str]
     narrow: bool = False
-    kind: str = "figure"
 
 
 @dataclass(frozen=True)
@@ -93,22 +79,31 @@ class Section:
 
 @dataclass(frozen=True)
 class Material:
-    """What the sections are made from: the runs, where to draw, and where to note what cannot be shown."""
+    """What the sections are made from: the runs, where to draw, and where to note what cannot be shown, as (name of the
+    run, problem)."""
 
     runs: Sequence[Run]
     sweeps: Sequence[Sweep]
     folder: Path
-    note: Callable[[str, str], None]
+    problems: list[tuple[str, str]]
 
     def of(self, task: str, sweeps: bool = False) -> list[Run]:
         return [run for run in self.runs if run.task == task and (sweeps or not run.in_sweep)]
 
+    def done(self, task: str, sweeps: bool = False, fields: Sequence[str] = BUDGET) -> list[Group]:
+        """Groups of all families, those with a finished run."""
+        return [group for family in families(self.of(task, sweeps), fields) for group in family if group.done]
 
-def show(value: Statistic) -> str:
-    """0.9943 ± 0.0004, as mean and sample standard deviation."""
-    if value is None:
-        return NONE
-    return f"{value[0]:.4f}" + (f" ± {value[1]:.4f}" if value[1] is not None else "")
+
+def show(value: Statistic | float | None, digits: int = 4) -> str:
+    """0.9943 ± 0.0004, as mean and sample standard deviation; one number alone; a dash for none."""
+    if isinstance(value, Statistic):
+        return show(value.mean) + (f" ± {value.deviation:.4f}" if value.deviation is not None else "")
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -124,7 +119,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
 
 
-def million(params: float | None) -> str:
+def parameters(group: Group) -> str:
+    params = number(group.done[0].result, "params")
     return NONE if params is None else f"{params / 1e6:.2f}M"
 
 
@@ -140,9 +136,8 @@ def commands(runs: Iterable[Run]) -> list[str]:
     return list(lines)
 
 
-def figure(caption: str, images: Sequence[Image], runs: Iterable[Run], narrow: bool = False) -> Figure:
-    shown = list(runs)
-    return Figure(caption, images, tuple(run.number for run in shown), commands(shown), narrow)
+def figure(caption: str, images: Sequence[Image], runs: Sequence[Run], narrow: bool = False) -> Figure:
+    return Figure(caption, images, tuple(run.number for run in runs), commands(runs), narrow)
 
 
 def draw(material: Material, name: str, alt: str, how: Callable[..., None], *arguments: Any) -> Image:
@@ -155,7 +150,7 @@ def found(material: Material, run: Run, name: str, alt: str) -> Image | None:
     try:
         content = picture(run.folder, name)
     except (RunError, OSError) as error:
-        material.note(run.name, str(error))
+        material.problems.append((run.name, str(error)))
         return None
     return Image(alt, data_uri(content), file=figure_of(run.folder, name)) if content else None
 
@@ -169,13 +164,13 @@ def slug(*words: object) -> str:
 
 def validated(group: Group) -> float:
     """What choices rest on: mean validation accuracy, the best of several being the highest."""
-    value = measured(group, "val", "accuracy")
-    return value[0] if value else -math.inf
+    value = group.mean("val", "accuracy")
+    return -math.inf if value is None else value
 
 
 def extra(group: Group) -> str:
     """What the group's name says beside the start."""
-    rest = group.name.removeprefix(start_label(group.runs[0]))
+    rest = group.name.removeprefix(group.start)
     return rest if rest.startswith(", ") else ""
 
 
@@ -185,13 +180,12 @@ def describe(config: dict[str, Any]) -> str:
     share = f", {config['limit']} images at most" if config["limit"] else ""
     if config.get("label_fraction", 1.0) < 1:
         share += f", {phrase('label_fraction', config['label_fraction'])}"
-    return f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}, {model}, batch {config['batch_size']}{share}"
+    return f"{counted(config['epochs'], 'epoch')}, {model}, batch {config['batch_size']}{share}"
 
 
 def augmented(config: dict[str, Any]) -> bool:
-    return any(config.get(k) for k in AUGMENT if k not in ("crop_scale", "rand_augment_magnitude")) or (
-        config.get("crop_scale", 1.0) < 1
-    )
+    switches = (k for k in AUGMENT if k not in ("crop_scale", "rand_augment_magnitude"))
+    return any(map(config.get, switches)) or config.get("crop_scale", 1.0) < 1
 
 
 def plain_loss(config: dict[str, Any]) -> bool:
@@ -202,8 +196,7 @@ def plain_loss(config: dict[str, Any]) -> bool:
 def best_classifiers(material: Material) -> dict[tuple[str, str], Group]:
     """(data, start) -> the group with the best mean validation accuracy."""
     best: dict[tuple[str, str], Group] = {}
-    for group in itertools.chain.from_iterable(families(material.of("finetune"))):
-        key = (group.runs[0].data, start_label(group.runs[0]))
-        if group.done and (key not in best or validated(group) > validated(best[key])):
-            best[key] = group
+    for group in material.done("finetune"):
+        key = (group.data, group.start)
+        best[key] = max(best.get(key, group), group, key=validated)
     return dict(sorted(best.items(), key=lambda item: (item[0][0] != "mnist", item[0][0], -validated(item[1]))))

@@ -1,6 +1,5 @@
 """What the page says: sections of paragraphs, tables and figures, each only where the runs have something to say."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,29 +10,17 @@ from maelab.report import published
 from maelab.report.beside import report_a, report_b, systems
 from maelab.report.controls import controls, label_fractions
 from maelab.report.figures import COLOURS, curve
-from maelab.report.groups import (
-    BUDGET,
-    Group,
-    Run,
-    Sweep,
-    families,
-    mean_sd,
-    measured,
-    number,
-    start_label,
-    sweep_command,
-    title,
-)
+from maelab.report.groups import BUDGET, Group, Run, Statistic, Sweep, families, mean_sd, number, sweep_command, title
 from maelab.report.pieces import (
     NONE,
     Figure,
     Image,
     Material,
     Section,
-    Statistic,
     Table,
     best_classifiers,
     commands,
+    counted,
     describe,
     draw,
     duration,
@@ -41,8 +28,8 @@ from maelab.report.pieces import (
     figure,
     filled,
     found,
-    million,
     numbers,
+    parameters,
     plain_loss,
     show,
     slug,
@@ -59,31 +46,28 @@ JUDGEMENTS = {
 def headline(material: Material) -> Section:
     """What was run, and the best of it."""
     runs, done = material.runs, [run for run in material.runs if run.result]
-    tasks = ((t, sum(run.task == t for run in done)) for t in ("pretrain", "finetune", "probe"))
     names = {"pretrain": "pretraining", "finetune": "fine-tuning", "probe": "probing"}
+    counts = {name: sum(run.task == task for run in done) for task, name in names.items()}
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     spent = sum(number(run.result, "train_time_s") or 0 for run in done)
-    kinds = ", ".join(f"{count} {names[task]}" for task, count in tasks if count)
     sets = sorted({title(run.data) for run in runs})
     text = [
-        f"{len(done)} finished run{'s' * (len(done) != 1)} ({kinds}) on {' and '.join(sets)};"
+        f"{counted(len(done), 'finished run')} ({kinds}) on {' and '.join(sets)};"
         f" {duration(spent)} of training in all."
         + (f" {len(runs) - len(done)} more unfinished: listed, and left out of every mean." if done != runs else ""),
         "Accuracies are fractions. Where several seeds were run, ± is the sample standard deviation over them."
         " Every choice, of the epoch and of the best setting, was made on validation images held out of the training"
         " set; the test set was read once, at the end of each run.",
     ]
-    rows: list[list[Any]] = []
     best = best_classifiers(material)
-    for (data, _), group in best.items():
-        c = group.config
-        rows.append(
-            [
-                title(data), start_label(group.runs[0]) + extra(group), show(measured(group, "test", "accuracy")),
-                show(measured(group, "val", "accuracy")), str(len(group.done)),
-                million(number(group.done[0].result, "params")), str(c["epochs"]),
-                duration((measured(group, "train_time_s") or (None,))[0]), numbers([group]),
-            ]
-        )  # fmt: skip
+    rows = [
+        [
+            title(data), start + extra(group), show(group.measured("test", "accuracy")),
+            show(group.measured("val", "accuracy")), str(len(group.done)), parameters(group),
+            str(group.config["epochs"]), duration(group.mean("train_time_s")), numbers([group]),
+        ]
+        for (data, start), group in best.items()
+    ]  # fmt: skip
     caption = "Best classifier for each data set and start, chosen by mean validation accuracy."
     head = ("data", "start", "test accuracy", "validation", "seeds", "parameters", "epochs", "time a run", "runs")
     blocks: list[Table | Figure] = [Table(caption, head, rows, frozenset({0, 1, 8}))] if rows else []
@@ -92,21 +76,18 @@ def headline(material: Material) -> Section:
 
 def autoencoders(material: Material) -> list[Table]:
     rows = []
-    for group in itertools.chain.from_iterable(families(material.of("pretrain"))):
-        if not group.done:
-            continue
+    for group in material.done("pretrain"):
         c = group.config
         star = "*" if c["norm_pix_loss"] else ""
-        probes = Group("", tuple(_probes(material, group)))
+        of_it = (r for r in material.of("probe") if r.origin and r.origin.number in numbers([group]))
+        probes = Group("", tuple(r for r in of_it if r.origin and r.data == r.origin.data))
         rows.append(
             [
-                title(group.runs[0].data) + ", fp32" * (c["precision"] == "fp32"),
-                million(number(group.done[0].result, "params")), str(c["patch_size"]), f"{c['mask_ratio']:g}",
-                str(c["epochs"]), show(measured(group, "train", "masked_mse")) + star,
-                show(measured(group, "val", "masked_mse")) + star,
-                show(measured(group, "val", "knn_accuracy")), show(measured(probes, "test", "knn_accuracy")),
-                show(measured(probes, "test", "accuracy")), str(len(group.done)),
-                duration((measured(group, "train_time_s") or (None,))[0]), numbers([group, probes]),
+                title(group.data) + ", fp32" * (c["precision"] == "fp32"), parameters(group), str(c["patch_size"]),
+                f"{c['mask_ratio']:g}", str(c["epochs"]), show(group.measured("train", "masked_mse")) + star,
+                show(group.measured("val", "masked_mse")) + star, show(group.measured("val", "knn_accuracy")),
+                show(probes.measured("test", "knn_accuracy")), show(probes.measured("test", "accuracy")),
+                str(len(group.done)), duration(group.mean("train_time_s")), numbers([group, probes]),
             ]
         )  # fmt: skip
     head = ("data", "parameters", "patch", "hidden", "epochs", "train MSE", "validation MSE")
@@ -123,23 +104,16 @@ def autoencoders(material: Material) -> list[Table]:
     return [filled(Table(caption, head, rows, frozenset({0, 12})))] if rows else []
 
 
-def _probes(material: Material, group: Group) -> list[Run]:
-    """Finished or not, the probes of a group's features on the data that they were learned from."""
-    mine = {run.number for run in group.runs}
-    return [r for r in material.of("probe") if r.origin and r.origin.number in mine and r.data == r.origin.data]
-
-
 def transfer(best: dict[tuple[str, str], Group]) -> list[Table]:
     """MNIST and CIFAR-10 side by side."""
-    starts = dict.fromkeys(start for _, start in best)
     if not {"mnist", "cifar10"} <= {data for data, _ in best}:
         return []
     rows = []
-    for start in starts:
+    for start in dict.fromkeys(start for _, start in best):
         groups = [best.get((data, start)) for data in ("mnist", "cifar10")]
-        values = [g and measured(g, "test", "accuracy") for g in groups]
-        errors = [f"{1 - v[0]:.2%}" if v else NONE for v in values]
-        rows.append([start, show(values[0]), errors[0], show(values[1]), errors[1], numbers(g for g in groups if g)])
+        values = [group and group.measured("test", "accuracy") for group in groups]
+        cells = [cell for v in values for cell in (show(v), f"{1 - v.mean:.2%}" if v else NONE)]
+        rows.append([start, *cells, numbers(filter(None, groups))])
     head = ("start", "MNIST test", "error", "CIFAR-10 test", "error", "runs")
     return [Table("MNIST and CIFAR-10: the best of each start, side by side.", head, rows, frozenset({0, 5}))]
 
@@ -181,21 +155,28 @@ def curves(material: Material) -> Section | None:
             charts = math.ceil(len(family) / len(COLOURS))
             lines = math.ceil(len(family) / charts)  # evenly: a ninth is not left alone
             for groups in (family[i : i + lines] for i in range(0, len(family), lines)):
-                runs = [run for group in groups for run in group.runs]
-                images = []
-                for split, quantity, label in panels:
-                    if any(quantity in row and row["split"] == split for run in runs for row in run.metrics):
-                        name = slug("curve", task, split, quantity, runs[0].name)
-                        alt = f"{label} over the epochs: {'; '.join(group.name for group in groups)}"
-                        images.append(draw(material, name, alt, curve, groups, split, quantity, label))
-                if images:
+                if images := _curves(material, f"curve-{task}-{{split}}-{{quantity}}", panels, groups):
+                    runs = [run for group in groups for run in group.runs]
                     blocks.append(figure(_curves_caption(task, groups), images, runs))
     return Section("curves", "Loss and accuracy over the epochs", [], blocks) if blocks else None
 
 
+def _curves(
+    material: Material, name: str, panels: Sequence[tuple[str, str, str]], groups: Sequence[Group]
+) -> list[Image]:
+    """A drawing for each of the panels whose quantity was measured; `name` has gaps for its split and quantity."""
+    runs, images = [run for group in groups for run in group.runs], []
+    for split, quantity, label in panels:
+        if any(quantity in row and row["split"] == split for run in runs for row in run.metrics):
+            file = slug(name.format(split=split, quantity=quantity), runs[0].name)
+            alt = f"{label} over the epochs: {'; '.join(group.name for group in groups)}"
+            images.append(draw(material, file, alt, curve, groups, split, quantity, label))
+    return images
+
+
 def _curves_caption(task: str, groups: Sequence[Group]) -> str:
-    config, data = groups[0].config, title(groups[0].runs[0].data)
-    what = f"Pretraining on {data}" if task == "pretrain" else f"Fine-tuning on {data}: {describe(config)}"
+    data = title(groups[0].data)
+    what = f"Pretraining on {data}" if task == "pretrain" else f"Fine-tuning on {data}: {describe(groups[0].config)}"
     text = f"{what}. A thin line is one seed, dotted while unfinished; a bold one is the mean over the finished seeds."
     if task == "pretrain":
         if len({(group.config["patch_size"], group.config["mask_ratio"]) for group in groups}) > 1:
@@ -217,28 +198,27 @@ def sweeps(material: Material) -> Section | None:
         if len(fields) == 2:
             images = []
             for judgement, name in judged.items():
-                values = {
-                    tuple(str(cell["settings"].get(f)) for f in fields): number(cell, judgement) for cell in cells
-                }
+                settings = (tuple(str(cell["settings"].get(f)) for f in fields) for cell in cells)
+                values = dict(zip(settings, (number(cell, judgement) for cell in cells), strict=True))
                 alt = f"{name} on validation over {fields[0]} and {fields[1]}".replace("_", " ")
-                arguments = values, (fields[0], fields[1]), name
-                images.append(draw(material, slug("sweep", sweep.name, judgement), alt, pictures.heat_map, *arguments))
+                file = slug("sweep", sweep.name, judgement)
+                images.append(draw(material, file, alt, pictures.heat_map, values, tuple(fields), name))
             caption = (
                 f"Sweep {sweep.name}, every cell judged on validation: the error over hidden pixels, lower being"
                 " better, and the accuracy of k-NN, of a linear probe and after fine-tuning. Yellow marks the highest."
             )
             if images:
                 blocks.append(Figure(caption, images, tuple(run.number for run in sweep.runs), line))
-        ranks = {j: _ranks([number(cell, j) for cell in cells], j != "masked_mse") for j in judged}
+        ranks = {judgement: _ranks(cells, judgement) for judgement in ("finetune_accuracy", "masked_mse")}
         rows = []
         for i, cell in enumerate(cells):
             row: list[Any] = [str(cell["settings"].get(field, NONE)) for field in fields]
             mine = (r for r in sweep.runs if r.task == "pretrain" and [str(r.config.get(f)) for f in fields] == row)
             row.append(next(map(hidden_patches, mine), NONE))
-            row += [NONE if (v := number(cell, j)) is None else f"{v:.4f}" for j in judged]
-            row += [ranks.get(j, {}).get(i, NONE) for j in ("finetune_accuracy", "masked_mse")]
+            row += [show(number(cell, judgement)) for judgement in judged]
+            row += [str(places.get(i, NONE)) for places in ranks.values()]
             rows.append([*row, str(cell.get("error", ""))])
-        order = sorted(range(len(rows)), key=lambda i: ranks.get("finetune_accuracy", {}).get(i, "999").zfill(3))
+        order = sorted(range(len(rows)), key=lambda i: ranks["finetune_accuracy"].get(i, math.inf))
         head = [*(f.replace("_", " ") for f in fields), "hidden", *judged.values()]
         head += ["rank by fine-tuning", "rank by MSE", ""]
         failed = any("error" in cell for cell in cells)
@@ -263,52 +243,33 @@ def _sweep_curves(material: Material, sweep: Sweep, fields: Sequence[str]) -> li
     figures = []
     known = [run for run in sweep.runs if run.task == "pretrain" and all(field in run.config for field in fields)]
     for family in families(known, tuple(fields[:1])):
-        runs = [run for group in family for run in group.runs]
-        images = []
-        for split, quantity, label in PANELS["pretrain"][:2]:
-            if any(quantity in row and row["split"] == split for run in runs for row in run.metrics):
-                alt = f"{label} over the epochs: {'; '.join(group.name for group in family)}"
-                images.append(
-                    draw(
-                        material,
-                        slug("sweep-curve", quantity, runs[0].name),
-                        alt,
-                        curve,
-                        family,
-                        split,
-                        quantity,
-                        label,
-                    )
-                )
-        if images:
-            shared = f"{fields[0].replace('_', ' ')} {runs[0].config[fields[0]]}"
+        if images := _curves(material, "sweep-curve-{quantity}", PANELS["pretrain"][:2], family):
+            shared = f"{fields[0].replace('_', ' ')} {family[0].config[fields[0]]}"
             caption = f"Sweep {sweep.name}, {shared}: error and, where it was followed, k-NN accuracy on validation."
-            figures.append(Figure(caption, images, tuple(run.number for run in runs), [sweep_command(sweep)]))
+            figures.append(Figure(caption, images, numbers(family), [sweep_command(sweep)]))
     return figures
 
 
-def _ranks(values: Sequence[float | None], higher: bool) -> dict[int, str]:
+def _ranks(cells: Sequence[object], judgement: str) -> dict[int, int]:
     """index -> place, from 1; equal values share one."""
-    known = [value for value in values if value is not None]
-    better = (lambda a, b: a > b) if higher else (lambda a, b: a < b)
-    return {i: str(1 + sum(better(o, v) for o in known)) for i, v in enumerate(values) if v is not None}
+    known = {i: value for i, cell in enumerate(cells) if (value := number(cell, judgement)) is not None}
+    order = sorted(known.values(), reverse=judgement != "masked_mse")
+    return {i: 1 + order.index(value) for i, value in known.items()}
 
 
 def reconstructions(material: Material) -> Section | None:
     """Original, masked, rebuilt: one picture for each setting, from its first seed; a figure for each data set."""
     by_data: dict[str, list[tuple[Image, Run]]] = {}
-    groups = [g for family in families(material.of("pretrain", sweeps=True), ("data",)) for g in family if g.done]
+    groups = material.done("pretrain", sweeps=True, fields=("data",))
     for group in sorted(groups, key=lambda g: (g.config["patch_size"], g.config["mask_ratio"], g.config["epochs"])):
         run, c = group.done[0], group.config
-        alt = (
-            f"original, masked and rebuilt images, row by row: patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}"
-        )
+        setting = f"patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}"
+        alt = f"original, masked and rebuilt images, row by row: {setting}"
         if image := found(material, run, "reconstructions", alt):
-            error = show(mean_sd([number(run.result, "val", "masked_mse")]))
             count = "" if (hidden := hidden_patches(run)) == NONE else f" ({hidden} patches hidden)"
             caption = (
-                f"Run {run.number}: patch {c['patch_size']}, mask ratio {c['mask_ratio']:g}{count}, {c['epochs']}"
-                f" epochs, seed {run.config['seed']}; masked MSE on all of validation {error}."
+                f"Run {run.number}: {setting}{count}, {c['epochs']} epochs, seed {run.config['seed']}; masked MSE on"
+                f" all of validation {show(number(run.result, 'val', 'masked_mse'))}."
             )
             by_data.setdefault(run.data, []).append((replace(image, caption=caption), run))
     blocks: list[Table | Figure] = []
@@ -327,31 +288,32 @@ def predictions(material: Material) -> Section | None:
     blocks: list[Table | Figure] = []
     for (data, start), group in best_classifiers(material).items():
         run = group.done[0]
-        where = f"{title(data)}, {start}{extra(group)}, seed {run.config['seed']}"
-        gallery = found(material, run, "predictions", "test images with the predicted class and its probability")
-        if gallery:
+        where, seed = f"{title(data)}, {start}{extra(group)}", f"seed {run.config['seed']}"
+        alt = "test images with the predicted class and its probability"
+        if image := found(material, run, "predictions", alt):
             caption = (
-                f"{where}: test images with the predicted class and its probability. Wrong ones, in red with their"
-                " true class, are shown more often than they occur; within right and wrong the choice is random."
+                f"{where}, {seed}: {alt}. Wrong ones, in red with their true class, are shown more often than they"
+                " occur; within right and wrong the choice is random."
             )
-            blocks.append(figure(caption, [gallery], [run]))
+            blocks.append(figure(caption, [image], [run]))
         counts, recall = _confusion(group)
         if counts:
             name, over = slug("confusion", data, start, run.name), len(group.done)
             alt = "confusion matrix of the test images: rows are true classes, columns predictions"
             image = draw(material, name, alt, pictures.confusion, counts, list(recall))
-            seeds = f"summed over {over} seeds" if over > 1 else f"seed {run.config['seed']}"
-            caption = f"{title(data)}, {start}{extra(group)}: test images by true and predicted class, {seeds}."
+            seeds = f"summed over {over} seeds" if over > 1 else seed
+            caption = f"{where}: test images by true and predicted class, {seeds}."
             blocks.append(figure(caption, [image], group.done, narrow=True))
             rows = [[label, show(value)] for label, value in recall.items()]
-            text = f"{title(data)}, {start}{extra(group)}: share of each class's test images that is recognised."
+            text = f"{where}: share of each class's test images that is recognised."
             blocks.append(Table(text, ("class", "accuracy"), rows, commands=commands(group.done)))
         elif image := found(material, run, "confusion", "confusion matrix: rows are true classes"):
-            blocks.append(figure(f"{where}: test images by true and predicted class.", [image], [run], narrow=True))
+            caption = f"{where}, {seed}: test images by true and predicted class."
+            blocks.append(figure(caption, [image], [run], narrow=True))
     return Section("predictions", "What the classifiers say", [], blocks) if blocks else None
 
 
-def _confusion(group: Group) -> tuple[list[list[int]], dict[str, Statistic]]:
+def _confusion(group: Group) -> tuple[list[list[int]], dict[str, Statistic | None]]:
     """Confusion matrix summed over the finished seeds, and class -> accuracy; empty where a run does not hold them."""
     tables = [run.result["test"].get("confusion") for run in group.done]
     names = [run.result["test"].get("per_class") for run in group.done]
@@ -370,23 +332,19 @@ def listing(material: Material) -> Section:
     """Every run with its time."""
     head = ("no.", "run", "task", "data", "start", "seed", "epochs", "validation", "test", "time", "images/s", "state")
     blocks: list[Table | Figure] = []
-    for caption, runs in (
-        ("Runs.", [run for run in material.runs if not run.in_sweep]),
-        ("Runs that are cells of sweeps.", [run for run in material.runs if run.in_sweep]),
-    ):
+    for caption, in_sweep in (("Runs.", False), ("Runs that are cells of sweeps.", True)):
         rows = []
-        for run in runs:
-            measure = "masked_mse" if run.task == "pretrain" else "accuracy"
+        for run in material.runs:
+            if run.in_sweep is not in_sweep:
+                continue
+            measure, start = ("masked_mse", "") if run.task == "pretrain" else ("accuracy", run.start)
             epoch = max((row["epoch"] for row in run.metrics), default=0)
             state = "finished" if run.result else f"unfinished: {epoch} of {run.config['epochs']} epochs"
-            speed = number(run.result, "images_per_s")
-            judged = [show(mean_sd([number(run.result, part, measure)])) for part in ("val", "test")]
             rows.append(
                 [
-                    run.number, run.name, run.task, title(run.data),
-                    "" if run.task == "pretrain" else start_label(run), str(run.config["seed"]),
-                    str(run.config["epochs"]), *judged,
-                    duration(number(run.result, "train_time_s")), NONE if speed is None else f"{speed:.0f}", state,
+                    run.number, run.name, run.task, title(run.data), start, str(run.config["seed"]),
+                    str(run.config["epochs"]), *(show(number(run.result, part, measure)) for part in ("val", "test")),
+                    duration(number(run.result, "train_time_s")), show(number(run.result, "images_per_s"), 0), state,
                 ]
             )  # fmt: skip
         if rows:
