@@ -12,7 +12,7 @@ from markupsafe import Markup
 from maelab.errors import RunError, UsageError
 from maelab.names import visible
 from maelab.report.groups import command, load, sweep_command
-from maelab.report.pieces import Figure, Material
+from maelab.report.pieces import Material
 from maelab.report.sections import sections
 from maelab.runs import write_atomically
 
@@ -43,8 +43,9 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
     with tempfile.TemporaryDirectory() as place:
         parts = sections(Material(runs, sweeps, Path(place), problems))
         drawings = [file for file in sorted(Path(place).glob("*.png")) if not file.stem.endswith("-dark")]
-        for file in drawings if figures is not None else []:
-            write_atomically(figures / file.name, file.read_bytes())  # type: ignore[operator]
+        if figures is not None:
+            for file in drawings:
+                write_atomically(figures / file.name, file.read_bytes())
     problems = list(dict.fromkeys(problems))
     for _, problem in problems:
         print(visible(f"maelab: left out: {' '.join(problem.split())}"), file=sys.stderr)
@@ -76,8 +77,7 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
             str(image.file)
             for section in parts
             for block in section.blocks
-            if isinstance(block, Figure)
-            for image in block.images
+            for image in getattr(block, "images", ())
             if image.file
         ],
     }

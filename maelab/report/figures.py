@@ -1,10 +1,9 @@
 """The page's drawings, each for light and for dark paper, and the pictures that lie in run folders."""
 
 import base64
-import contextlib
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,11 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 PAPER = {"light": ("#ffffff", "#23272e"), "dark": ("#14171c", "#d6d9de")}  # paper and ink, as in the page's style
+PAPERED = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 WIDTH = 5.0  # inches of one panel
 LARGEST_FILE, LARGEST_PICTURE = 64 << 20, 50_000_000  # bytes of a PNG, and pixels, that are read at all
 EMBEDDED, SIDE = 2 << 20, 1600  # bytes beyond which a PNG is scaled down, to so many pixels
-
-
-@contextlib.contextmanager
-def paper(kind: str) -> Iterator[None]:
-    """Draw on 'light' or 'dark' paper."""
-    back, ink = PAPER[kind]
-    colours: dict[Any, Any] = {
-        "figure.facecolor": back,
-        "axes.facecolor": back,
-        "savefig.facecolor": back,
-    } | dict.fromkeys(INKED, ink)
-    with matplotlib.rc_context({**STYLE, **colours}):
-        yield
 
 
 def drawn(folder: Path, name: str, draw: Callable[..., None], *arguments: Any) -> tuple[Path, Path]:
@@ -56,8 +43,8 @@ def drawn(folder: Path, name: str, draw: Callable[..., None], *arguments: Any) -
         The files folder/NAME.png and folder/NAME-dark.png.
     """
     files = folder / f"{name}.png", folder / f"{name}-dark.png"
-    for file, kind in zip(files, PAPER, strict=True):
-        with paper(kind):
+    for file, (back, ink) in zip(files, PAPER.values(), strict=True):
+        with matplotlib.rc_context(STYLE | dict.fromkeys(PAPERED, back) | dict.fromkeys(INKED, ink)):
             draw(file, *arguments)
         with Image.open(file) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
@@ -83,24 +70,19 @@ def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label:
     """
     figure, [[ax]] = panels(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
     for group, colour in zip(groups, COLOURS, strict=False):
-        by_epoch: dict[int, list[float | None]] = {}
+        epochs = set()
         for run in group.runs:
             rows = [row for row in run.metrics if row["split"] == split and number(row, quantity) is not None]
-            epochs, values = [row["epoch"] for row in rows], [number(row, quantity) for row in rows]
-            style = {"linestyle": "-" if run.result else ":", "marker": "." if len(rows) == 1 else None}
+            style: dict[str, Any] = {"linestyle": "-" if run.result else ":", "marker": "." if len(rows) == 1 else None}
             if rows:
-                ax.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.6, **style)  # type: ignore[arg-type]
-            for epoch, value in zip(epochs, values, strict=True):
-                if run.result:
-                    by_epoch.setdefault(epoch, []).append(value)
-        shared = [
-            (e, v) for e, values in sorted(by_epoch.items()) if (v := mean_sd(values)) and v[2] == len(group.done)
-        ]
+                along, values = zip(*((row["epoch"], row[quantity]) for row in rows), strict=True)
+                ax.plot(along, values, color=colour, linewidth=0.8, alpha=0.6, **style)
+                epochs |= set(along)
+        means = {e: value for e in sorted(epochs) if (value := group.at_epoch(e, split, quantity))}
+        shared = {e: value.mean for e, value in means.items() if value.n == len(group.done)}
         name = f"{group.name} (n = {len(group.done)})" if group.done else f"{group.name} (unfinished)"
         marker = "o" if len(shared) < 3 else None
-        ax.plot(
-            [e for e, _ in shared], [v[0] for _, v in shared], color=colour, linewidth=2.2, label=name, marker=marker
-        )
+        ax.plot(list(shared), list(shared.values()), color=colour, linewidth=2.2, label=name, marker=marker)
     ax.set(title=label, xlabel="epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y")
@@ -120,9 +102,15 @@ def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) ->
     for y, (name, values) in enumerate(rows):
         summary = mean_sd(values)
         assert summary is not None
-        mean, deviation, _ = summary
         ax.errorbar(
-            mean, y, xerr=deviation or None, fmt="o", color=COLOURS[y % 8], capsize=4, markersize=7, linewidth=2
+            summary.mean,
+            y,
+            xerr=summary.deviation or None,
+            fmt="o",
+            color=COLOURS[y % 8],
+            capsize=4,
+            markersize=7,
+            linewidth=2,
         )
         ax.plot(values, [y] * len(values), "|", color=COLOURS[y % 8], markersize=9, alpha=0.8)
         ax.annotate(
@@ -146,9 +134,9 @@ def fractions(file: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], 
     figure, [[ax]] = panels(figsize=(WIDTH * 1.3, 3.4 + 0.2 * len(lines)), layout="constrained")
     for (name, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
         known = {share: s for share, values in sorted(points.items()) if (s := mean_sd(values))}
-        deviations = [s[1] or 0.0 for s in known.values()]
+        deviations = [s.deviation or 0.0 for s in known.values()]
         ax.errorbar(
-            list(known), [s[0] for s in known.values()], yerr=deviations,
+            list(known), [s.mean for s in known.values()], yerr=deviations,
             color=colour, marker="o", linewidth=2, capsize=4, label=name,
         )  # fmt: skip
     shares = sorted({share for points in lines.values() for share in points})
