@@ -122,9 +122,7 @@ def overlay(images: Any, heat: Any) -> np.ndarray:
     pictures = []
     for image, values in zip(images, np.asarray(heat), strict=True):
         grey = to_picture(image).mean(axis=2, keepdims=True)  # (H, W, 1)
-        large = np.kron(
-            values / values.max(), np.ones([a // b for a, b in zip(grey.shape, values.shape, strict=False)])
-        )
+        large = np.kron(values / values.max(), np.ones(np.floor_divide(grey.shape[:2], values.shape)))
         colours = matplotlib.colormaps["inferno"](large)[:, :, :3]
         pictures.append((0.35 * grey + 0.65 * colours).transpose(2, 0, 1) * 2 - 1)
     return np.stack(pictures)
@@ -187,7 +185,8 @@ def ratio_sweep(
     above.set_yticks(rows_at, ["masked", "rebuilt"] * (len(rows) // 2), fontsize=8)
     above.spines[:].set_visible(False)
     above.tick_params(length=0, labelbottom=False)
-    above.set_title(_note(groups[0][0]), loc="left", fontsize=8)
+    _, bracket, used = groups[0][0].partition(" (")  # the end of the title says what was used beside the model
+    above.set_title(f"rebuilt{bracket}{used}" if bracket else "", loc="left", fontsize=8)
     for label, values, colour in (("mean of the visible pixels", baselines, "grey"), ("model", errors, "#4c72b0")):
         below.plot(columns_at[1:], list(values.values()), marker=".", color=colour, label=label)
     below.set_xticks(columns_at, ["original", *(f"{ratio:.0%} hidden" for ratio in errors)], fontsize=8)
@@ -197,11 +196,6 @@ def ratio_sweep(
     below.grid(alpha=0.3)
     below.legend(fontsize=8, loc="best")
     save_figure(figure, file)
-
-
-def _note(caption: str) -> str:
-    """The bracketed end of a caption, which says what a reconstruction used beside the model."""
-    return "rebuilt" + caption[caption.index(" (") :] if " (" in caption else ""
 
 
 def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
@@ -245,7 +239,7 @@ def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -
     """
     hidden = {"epoch", "split", "seconds", "images_per_s"}
     names = list(dict.fromkeys(k for row in metrics for k in row if k not in hidden))
-    names.sort(key=lambda name: _PANELS.index(name) if name in _PANELS else len(_PANELS))
+    names.sort(key=lambda name: (*_PANELS, name).index(name))
     figure, axes = panels(1, len(names), figsize=(3.6 * len(names), 2.8), layout="constrained")
     for ax, name in zip(axes[0], names, strict=True):
         for split, colour in COLOURS.items():
@@ -274,19 +268,19 @@ def predictions(
         class_names: of the classes.
     """
     probabilities = np.asarray(probabilities)
+    guesses: list[int] = probabilities.argmax(axis=1).tolist()
+    truths = guesses if labels is None else list(map(int, labels))
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, axes = panels(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="compressed")
     for ax in axes.flat:
         ax.axis("off")
-    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
-        guess = int(probabilities[i].argmax())
-        wrong = labels is not None and guess != int(labels[i])
+    for i, (ax, guess, truth) in enumerate(zip(axes.flat, guesses, truths, strict=False)):
         title = f"{short(class_names[guess], NAME)} ({probabilities[i, guess]:.0%})"
-        if wrong:
-            title += f"\nis {short(class_names[int(labels[i])], NAME)}"  # type: ignore[index]
-        ax.imshow(to_picture(image), interpolation="nearest")
-        ax.set_title(title, fontsize=8, color="#c44e52" if wrong else "black")
+        if guess != truth:
+            title += f"\nis {short(class_names[truth], NAME)}"
+        ax.imshow(to_picture(images[i]), interpolation="nearest")
+        ax.set_title(title, fontsize=8, color="black" if guess == truth else "#c44e52")
     save_figure(figure, file)
 
 
@@ -330,13 +324,10 @@ def heat_map(file: Path, values: Mapping[tuple[Any, Any], float | None], fields:
         fields: names of the settings: rows, columns.
         title: what the numbers are.
     """
-    rows, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
     import matplotlib
 
-    table = np.full((len(rows), len(columns)), np.nan)
-    for (row, column), value in values.items():
-        if value is not None:
-            table[rows.index(row), columns.index(column)] = value
+    rows, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    table = np.array([[values.get((row, column)) for column in columns] for row in rows], dtype=float)  # None: NaN
     figure, [[ax]] = panels(figsize=(1.1 * len(columns) + 1, 0.7 * len(rows) + 0.8))
     image = ax.imshow(np.ma.masked_invalid(table), cmap="viridis", aspect="auto")
     for i, j in np.ndindex(*table.shape):
