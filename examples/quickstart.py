@@ -1,7 +1,5 @@
 """The main job, start to end: pretrain on MNIST, look at reconstructions, fine-tune, read the test set once.
 
-The recipes `mnist` in half their epochs and smaller batches, whose steps learn as much as larger ones: 0.99 sooner.
-
 `make quickstart` runs this. A second call finds both runs complete, makes the page again and prints the summary; after
 an interruption it goes on where it was. With --overwrite, runs of these names that are others are replaced.
 """
@@ -10,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import maelab
 from maelab import recipes
@@ -18,19 +15,16 @@ from maelab.report import report
 
 MAE, CLASSIFIER = Path("runs/quickstart-mae"), Path("runs/quickstart-classifier")
 PAGE = Path("runs/quickstart.html")
-SOONER: dict[str, Any] = {"epochs": 3, "batch_size": 128, "warmup_epochs": 0.3}
 
 
 def main(arguments: list[str]) -> int:
     begun, overwrite = time.perf_counter(), arguments == ["--overwrite"]
     _, mae = maelab.pretrain(
-        replace(recipes.pretrain_mnist(), **SOONER),
-        options=maelab.RunOptions(out=MAE, overwrite=overwrite),
-        recipe="mnist",
+        recipes.pretrain_quickstart(), options=maelab.RunOptions(out=MAE, overwrite=overwrite), recipe="quickstart"
     )
-    config = replace(recipes.finetune_mnist(), init=str(MAE), **SOONER)
+    config = replace(recipes.finetune_quickstart(), init=str(MAE))
     _, classifier = maelab.finetune(
-        config, options=maelab.RunOptions(out=CLASSIFIER, overwrite=overwrite), recipe="mnist"
+        config, options=maelab.RunOptions(out=CLASSIFIER, overwrite=overwrite), recipe="quickstart"
     )
     report([MAE, CLASSIFIER], out=PAGE)
     error, trivial = mae["val"]["masked_mse"], mae["mean_predictor_loss"]

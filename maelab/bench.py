@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from maelab import native, recipes
-from maelab.config import FinetuneConfig, PretrainConfig, check_count
+from maelab.config import FinetuneConfig, PretrainConfig, RunOptions, check_count
 from maelab.data import Dataset, ImageSet
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, step_generator, to_device
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.export import export
 from maelab.model.masks import len_keep
-from maelab.runs import write_atomically, write_json
+from maelab.runs import read_metrics, write_atomically, write_json
 from maelab.tasks import finetune, pretrain
 from maelab.training import blocks
 from maelab.training.capture import WARM_UP, captured
@@ -46,6 +46,11 @@ COLUMNS = {
     "maelab_images_per_s": "maelab", "peer_fp32_images_per_s": "peer fp32", "peer_bf16_images_per_s": "peer bf16",
     "floor_images_per_s": "products alone", "ratio_fp32": "x fp32", "ratio_bf16": "x bf16",
     "fraction_of_floor": "share of it", "fraction_of_peak": "of peak", "data_share": "batches", "peak_rss_mb": "MB",
+}  # fmt: skip
+QUICKSTART, GOAL = "quickstart", 0.99  # a validation accuracy
+PATH = {
+    "pretraining_s": "pretraining s", "finetuning_s": "fine-tuning s", "seconds_to_goal": f"s to {GOAL:g}",
+    "val_accuracy": "validation", "test_accuracy": "test",
 }  # fmt: skip
 SERVED = "maelab:mnist-classifier"
 SERVING = {"serve-mnist-1": 1, "serve-mnist-256": 256}  # images at a time
@@ -420,6 +425,27 @@ def measure(
     }  # fmt: skip
 
 
+def time_to_goal(device: Literal["cpu", "cuda"], threads: int) -> dict[str, Any]:
+    """Both trainings of recipe `quickstart`, kept nowhere, and after how much training a validation reached GOAL.
+
+    Returns:
+        Seconds of training, without reading data and drawing pictures; `seconds_to_goal` is None where none did.
+    """
+    with tempfile.TemporaryDirectory(prefix="maelab-bench-") as place:
+        mae, classifier = (RunOptions(out=Path(place) / who, device=device, threads=threads) for who in ("mae", "c"))
+        _, before = pretrain.pretrain(recipes.pretrain_quickstart(), options=mae, recipe=QUICKSTART)
+        config = replace(recipes.finetune_quickstart(), init=str(mae.out))
+        folder, after = finetune.finetune(config, options=classifier, recipe=QUICKSTART)
+        rows = read_metrics(folder)
+    good = {row["epoch"] for row in rows if row["split"] == "val" and row["accuracy"] >= GOAL}
+    times = [row["seconds"] for row in rows if row["split"] == "train" and row["epoch"] in good]
+    return {
+        "name": QUICKSTART, "pretraining_s": before["train_time_s"], "finetuning_s": after["train_time_s"],
+        "seconds_to_goal": round(before["train_time_s"] + min(times), 1) if times else None,
+        "val_accuracy": after["val"]["accuracy"], "test_accuracy": after["test"]["accuracy"], "limits": {},
+    }  # fmt: skip
+
+
 def bench(
     names: Sequence[str] = (),
     *,
@@ -433,7 +459,7 @@ def bench(
     A table goes to stderr.
 
     Args:
-        names: cases; none measures all.
+        names: cases; none measures all but `quickstart`, which trains whole models: minutes.
         repeats: turns that each contestant gets at most; slow machines get fewer, so that it ends in five minutes.
         device: where to compute.
         threads: CPU threads; None takes one per core.
@@ -445,8 +471,9 @@ def bench(
     Raises:
         UsageError: for an unknown case, or without transformers.
     """
-    if unknown := set(names) - cases().keys() - SERVING.keys():
-        raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join([*cases(), *SERVING])}")
+    known = [*cases(), *SERVING, QUICKSTART]
+    if unknown := set(names).difference(known):
+        raise UsageError(f"unknown case {min(unknown)}: choose from {', '.join(known)}")
     check_count("--repeats", repeats, 1, 10_000)
     readme = Path(out or ".") / "README.md"
     if out is not None and readme.exists() and _HEAD not in readme.read_text(encoding="utf-8", errors="replace"):
@@ -460,7 +487,7 @@ def bench(
         f"{versions['cpu'] if device == 'cpu' else device}, {torch.get_num_threads()} threads, {native.reason()}"
     )
     results: list[dict[str, Any]] = []
-    todo, begun = names or [*cases(), *SERVING], time.perf_counter()
+    todo, begun = [name for name in names or known[:-1] if name != QUICKSTART], time.perf_counter()
     with console.status("") as status:
         for i, name in enumerate(todo):
             budget_s = max(0.0, BUDGET_SECONDS - (time.perf_counter() - begun)) / (len(todo) - i)
@@ -470,6 +497,8 @@ def bench(
             )
             if not console.is_terminal:
                 console.print(f"{name}: {results[-1]['turns']} turns")
+    if QUICKSTART in names:
+        results.append(time_to_goal(device, torch.get_num_threads()))
     import transformers
 
     now = datetime.datetime.now(datetime.UTC)
@@ -480,6 +509,7 @@ def bench(
     }  # fmt: skip
     titles = {"Whole training steps, images per second, medians": COLUMNS}
     titles["Classifying, images per second, medians"] = {f"{who}_images_per_s": SERVERS[who] for who in SERVERS}
+    titles["Recipe quickstart, from nothing to a classifier of MNIST"] = PATH
     for title, columns in titles.items():
         table = Table("case", title=title, caption=result["kernels"], box=SIMPLE)
         for column in columns.values():

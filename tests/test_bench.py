@@ -1,10 +1,11 @@
 """The benchmark's tables: whoever is too slow is bounded, nobody waits, and the ratios are of the rates beside them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from maelab import bench, native
+from maelab import bench, native, recipes
 
 
 def test_who_is_too_slow_is_bounded_and_ends(monkeypatch, tmp_path, capsys):
@@ -46,3 +47,20 @@ def test_a_cell_is_a_figure_or_a_bound():
         "under 17.1",
         "-",
     ]
+
+
+def test_the_quickstart_is_timed_to_its_goal(monkeypatch, tmp_path, digits_folder, capsys):
+    def small(config):
+        return lambda: replace(config, data=f"folder:{digits_folder}", limit=64, batch_size=16, epochs=2)
+
+    monkeypatch.setattr(recipes, "pretrain_quickstart", small(recipes.pretrain_smoke()))
+    monkeypatch.setattr(recipes, "finetune_quickstart", small(recipes.finetune_smoke()))
+    for goal, reached in ((0.0, True), (1.1, False)):
+        monkeypatch.setattr(bench, "GOAL", goal)
+        (case,) = bench.bench(["quickstart"], threads=1)["cases"]
+        assert case["pretraining_s"] > 0 and 0 <= case["test_accuracy"] <= 1
+        if reached:  # after the first epoch of two
+            assert case["pretraining_s"] < case["seconds_to_goal"] < case["pretraining_s"] + case["finetuning_s"]
+        else:
+            assert case["seconds_to_goal"] is None
+    assert "quickstart" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def into_run(name: str) -> Feed:
         runs, _, _ = groups.load([place])
         for family in groups.families(runs):
             for group in family:
-                groups.measured(group, "val", "masked_mse")
+                group.measured("val", "masked_mse")
 
     return feed
 
