@@ -150,7 +150,7 @@ def _for_folder(task: str, given: Any, typed: dict[str, Any]) -> Any:
         fixed = {"img_size": tuple(has.get("img_size", ())) or None, "patch_size": has.get("patch_size")} | fixed
     images = found.labelled if task == "finetune" else found.labelled + found.unlabelled
     config: Any = recipes.get(task, "folder", images=images, side=found.side, grey=found.grey, **fixed)
-    for line in [*found.lines(), recipes.explain_folder(config, images, found.side, found.grey, init)]:
+    for line in [*found.lines(), recipes.explain_folder(config, images, found.side, found.grey, found.val, init)]:
         say(line)
     return config
 

@@ -138,7 +138,7 @@ def _plan(found: Found, asked: dict[str, Any], begun: float, options: RunOptions
     start = time.perf_counter()
     data = load(before.data, img_size=before.img_size)
     loading = time.perf_counter() - start
-    say(f"{recipes.explain_folder(before, images, found.side, found.grey)}; timing a few steps")
+    say(f"{recipes.explain_folder(before, images, found.side, found.grey, found.val)}; timing a few steps")
     stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
     for config, share in ((before, 0.5), (after, 0.25))[: 1 + labelled]:
         train_set, val_set = training_sets(data, config, unlabelled=config is before)

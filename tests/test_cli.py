@@ -71,7 +71,8 @@ def test_help_loads_nothing_heavy(tmp_path):
     for command in COMMANDS:
         assert f"  {command} " in helps["--help"]
         assert {"--json", "--debug"} <= set(helps[f"{command} --help"].replace(",", " ").split()), command
-    assert "--mask-ratio" in helps["pretrain --help"] and "mnist, cifar10, folder, smoke" in helps["pretrain --help"]
+    pretrain = helps["pretrain --help"]
+    assert "--mask-ratio" in pretrain and "mnist, quickstart, cifar10, folder, smoke" in pretrain
     assert "--label-fraction" in helps["finetune --help"] and "--out" not in helps["evaluate --help"]
 
 
@@ -274,11 +275,11 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
     [
         ("pretran smoke", "there is no command 'pretran'; did you mean pretrain?"),
         ("zzz", "there is no command 'zzz'; choose from data, pretrain, finetune, fit, probe, "),
-        ("pretrain", "pretrain needs RECIPE: mnist, cifar10, folder, smoke; see maelab pretrain --help"),
+        ("pretrain", "pretrain needs RECIPE: mnist, quickstart, cifar10, folder, smoke; see maelab pretrain --help"),
         ("pretrain --epochs 3", "pretrain needs RECIPE: mnist, "),
         ("pretrain smok", "there is no pretrain recipe 'smok'; did you mean smoke?"),
         ("finetune cifar --init none", "there is no finetune recipe 'cifar'; did you mean cifar10?"),
-        ("finetune zzz", "there is no finetune recipe 'zzz'; choose from mnist, cifar10, folder, smoke"),
+        ("finetune zzz", "there is no finetune recipe 'zzz'; choose from mnist, quickstart, cifar10, folder, smoke"),
         ("probe", "probe needs RUN: run folder or checkpoint to judge; see maelab probe --help"),
         (
             "evaluate",

@@ -17,7 +17,7 @@ from maelab.errors import RunError
 
 
 def fingerprint(root: Path) -> str:
-    return fingerprint_of(list_files(root)[0], root)
+    return fingerprint_of(list_files(root).files, root)
 
 
 def rewrite(path: Path, value: int, *, keep_time: bool) -> None:
@@ -68,9 +68,9 @@ def test_names_classes_and_parts_change_the_fingerprint(own):
     (own / "test" / "b" / "x.bmp").unlink()
     seen.add(fingerprint(own))
     assert len(seen) == 5
-    files, _, _ = list_files(own)
-    for changed in (files[0]._replace(label=1), files[0]._replace(test=True)):  # of the same path
-        assert fingerprint_of([changed, *files[1:]], own) not in seen
+    files = list_files(own).files
+    for changed in ({"label": 1}, {"part": "test"}, {"part": "val"}):  # of the same path
+        assert fingerprint_of([files[0]._replace(**changed), *files[1:]], own) not in seen
     assert fingerprint_of(files, own) in seen
 
 
@@ -89,7 +89,7 @@ def test_keys_that_are_kept_are_those_of_this_very_folder(own, tmp_path, monkeyp
     monkeypatch.setenv("MAELAB_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(folder, "_MAPPED_ABOVE", 0)
     load(f"folder:{own}")
-    files, _, _ = list_files(own)
+    files = list_files(own).files
     assert len(cached_keys(files, own, fingerprint(own))) == 18
     before = fingerprint(own)
     rewrite(own / "train" / "a" / "3.bmp", 255, keep_time=False)

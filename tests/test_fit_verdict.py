@@ -21,9 +21,9 @@ from maelab.errors import UsageError
 def found(**changes: Any) -> Found:
     return Found(
         **{
-            "classes": {"cat": 700, "dog": 640, "ship": 600}, "unlabelled": 30, "test": 400, "held_out": True,
+            "classes": {"cat": 700, "dog": 640, "ship": 600}, "unlabelled": 30, "val": 0, "test": 400, "held_out": True,
             "side": 40, "smallest": (30, 32), "largest": (50, 60), "modes": {"RGB": 2370}, "animated": 0, "broken": (),
-            "ignored": {}, "fingerprint": "f", **changes,
+            "ignored": {}, "notes": (), "fingerprint": "f", **changes,
         }
     )  # fmt: skip
 

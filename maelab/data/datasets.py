@@ -154,7 +154,8 @@ def _class_ranks(labels: torch.Tensor | None, n: int, seed: int) -> tuple[torch.
 
 def whole(data: Dataset) -> ImageSet:
     """All images of a folder whose test part was held out of them, or that has none."""
-    return data.train if data.test is None else _joined(data.train, data.test, None)
+    own = data.train if data.val is None else _joined(data.train, data.val, None)
+    return own if data.test is None else _joined(own, data.test, None)
 
 
 def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
@@ -164,13 +165,15 @@ def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
         more = more[(~torch.isin(more.keys, val.keys)).nonzero()[:, 0]]
     if train.keys is not None and more.keys is not None:
         keys = torch.cat([train.keys, more.keys])
-    assert train.labels is not None and more.labels is not None
+    labels = None
+    if train.labels is not None and more.labels is not None:
+        labels = torch.cat([train.labels, more.labels])
     images: Any = more.images
     if isinstance(train.images, MappedImages):
         images = train.images.joined(images)
     else:
         images = torch.cat([train.images, images])
-    return ImageSet(images, torch.cat([train.labels, more.labels]), keys)
+    return ImageSet(images, labels, keys)
 
 
 def training_sets(
@@ -180,11 +183,11 @@ def training_sets(
 
     Args:
         data: the whole data set.
-        config: val_fraction, split_seed and limit are read.
+        config: val_fraction (where the data has no validation part of its own), split_seed and limit are read.
         fraction: share of the training labels to keep, class-balanced.
         unlabelled: train on the unlabelled images as well, apart from copies of validation images; their label is -1.
     """
-    train, val = split(data.train, config.val_fraction, config.split_seed)
+    train, val = (data.train, data.val) if data.val else split(data.train, config.val_fraction, config.split_seed)
     if fraction < 1:
         train = label_fraction(train, fraction, config.split_seed)
     if unlabelled and data.unlabelled is not None:

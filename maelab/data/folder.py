@@ -20,7 +20,7 @@ import torch
 
 from maelab.data.cache import cached_keys, read_cached
 from maelab.data.decode import GREY_MODES, Header, decode_each, each, read_header
-from maelab.data.layout import SUFFIXES, describe_copies, find_root, fingerprint_of, list_files, share_out
+from maelab.data.layout import SUFFIXES, describe_copies, find_root, fingerprint_of, list_files, share_out, walk
 from maelab.data.sets import Dataset, ImageSet, MappedImages
 from maelab.data.splits import content_key, list_of_images
 from maelab.errors import RunError, UsageError
@@ -36,6 +36,7 @@ class Found:
     Args:
         classes: class name -> its images, those for testing and their copies left out; {} without classes.
         unlabelled: images without a class, copies of those for testing left out.
+        val: images for validation, where the folder says so.
         test: images for testing.
         held_out: whether they are held out by their content, because the folder has no test/.
         side: median shorter side of all images, in pixels.
@@ -44,11 +45,13 @@ class Found:
         animated: images of which only the first frame is used.
         broken: those without a readable header, each "PATH (reason)"; broken pixels show only on decoding.
         ignored: suffix -> files that are not looked at.
+        notes: what else a person should know of the layout.
         fingerprint: of the names, sizes and times of change of all image files.
     """
 
     classes: dict[str, int]
     unlabelled: int
+    val: int
     test: int
     held_out: bool
     side: int
@@ -58,6 +61,7 @@ class Found:
     animated: int
     broken: tuple[str, ...]
     ignored: dict[str, int]
+    notes: tuple[str, ...]
     fingerprint: str
 
     @property
@@ -74,12 +78,14 @@ class Found:
         """The same for people."""
         (a, b), (c, d) = self.smallest, self.largest
         modes = ", ".join(f"{count} {mode}" for mode, count in self.modes.items())
-        lines = [f"found {self.labelled + self.unlabelled + self.test} images, {a}x{b} to {c}x{d} (height x width)"]
+        total = self.labelled + self.unlabelled + self.val + self.test
+        lines = [f"found {total} images, {a}x{b} to {c}x{d} (height x width)"]
         lines[0] += f", median shorter side {self.side}; {modes}"
         if self.classes:
             shown = [f"{name} {count}" for name, count in list(self.classes.items())[:20]]
             shown += [f"and {len(self.classes) - 20} more"] if len(self.classes) > 20 else []
-            kept = f"{self.test} for testing, {'held out by their content' if self.held_out else 'in test/'}"
+            kept = f"{self.val} for validation; " if self.val else ""
+            kept += f"{self.test} for testing, {'held out by their content' if self.held_out else 'in test/'}"
             lines.append(f"{len(self.classes)} classes: {', '.join(shown)}; {self.unlabelled} unlabelled; {kept}")
         else:
             lines.append("no classes: all images are unlabelled")
@@ -91,6 +97,7 @@ class Found:
         if self.ignored:
             named = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored.items())
             lines.append(f"other files, ignored: {named}")
+        lines.extend(self.notes)
         return lines
 
 
@@ -100,7 +107,7 @@ def scan(spec: str) -> Found:
     Raises: UsageError (no such folder, no images, unclear layout).
     """
     root = find_root(spec)
-    files, class_names, given = list_files(root)
+    files, class_names, given, notes = list_files(root)
     fingerprint = fingerprint_of(files, root)
     known = cached_keys(files, root, fingerprint)
     broken: list[str] = []
@@ -113,13 +120,13 @@ def scan(spec: str) -> Found:
         raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
     files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
     parts = share_out(files, [key for _, (_, key) in pairs], class_names, given)
-    other = (path for path in root.rglob("*") if path.is_file() and path.name[0] != ".")
-    ignored = Counter(path.suffix.lower() for path in other if path.suffix.lower() not in SUFFIXES)
-    count = Counter(parts.labels[~parts.test & ~parts.left_out].tolist())
+    ignored = Counter(path.suffix.lower() for path in walk(root) if path.suffix.lower() not in SUFFIXES)
+    count = Counter(parts.labels[~parts.val & ~parts.test & ~parts.left_out].tolist())
     by_area = sorted(headers, key=lambda header: header.height * header.width)
     return Found(
         classes={name: count[label] for label, name in enumerate(class_names)},
         unlabelled=count[-1],
+        val=int(parts.val.sum()),
         test=int(parts.test.sum()),
         held_out=bool(class_names) and not given,
         side=int(median(min(header.height, header.width) for header in headers)),
@@ -129,6 +136,7 @@ def scan(spec: str) -> Found:
         animated=sum(header.animated for header in headers),
         broken=tuple(sorted(broken)),
         ignored=dict(ignored.most_common()),
+        notes=notes,
         fingerprint=fingerprint,
     )
 
@@ -152,7 +160,7 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels")
     if img_size is not None and min(img_size) < 1:
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
-    listed, class_names, given = list_files(root)
+    listed, class_names, given, notes = list_files(root)
     skipped: list[str] = []
     headers = list(each(read_header, listed, root, skipped))
     if not headers:
@@ -181,9 +189,9 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
-    for line in describe_copies(parts, kept, root):
+    for line in (*notes, *describe_copies(parts, kept, root)):
         print(f"maelab: {line}", file=sys.stderr)
-    train = ~parts.test & ~parts.left_out
+    train = ~parts.val & ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
         if not bool((train & (parts.labels == label)).any()):
             raise UsageError(f"class {class_name!r} in {root} has no good training image; every class needs two")
@@ -209,15 +217,15 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     if training is None:
         raise UsageError(f"every image in {root / 'train'} is also in {root / 'test'}; none is left to train on")
     listing = list_of_images(zip((file.path.relative_to(root) for file in kept), keys, strict=True))
-    test, unlabelled = part(parts.test), part(train & ~labelled)
+    val, test, unlabelled = part(parts.val), part(parts.test), part(train & ~labelled)
     held_out = bool(class_names) and not given
-    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out)
+    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val)
 
 
 def list_folder(spec: str) -> bytes:
     """What `Dataset.listing` would be, without decoding; broken images are in it too. Raises UsageError."""
     root = find_root(spec)
-    files, _, _ = list_files(root)
+    files = list_files(root).files
     return list_of_images((file.path.relative_to(root), content_key(file.path)) for file in files)
 
 

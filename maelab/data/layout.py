@@ -1,14 +1,18 @@
 """What a folder of images means: which files are images, what their classes are, and what each is for.
 
-One sub-folder per class; `train/` and `test/`, each with one sub-folder per class; or images without classes directly
-in the folder. Beside classes, a sub-folder `unlabelled/` holds images without a class. Without `test/`, about a tenth
-of the images with a class is held out as the test part, each by what its file holds, whatever lies beside it (see
-`maelab.data.splits`). Training leaves out copies of test images.
+One sub-folder per class; `train/`, `test/` and `val/`, each with one sub-folder per class; or images without classes
+directly in the folder. Parts may be written otherwise (`Training`, `valid`, `Testing`). Beside classes, a sub-folder
+`unlabelled/` holds images without a class. Without `test/`, about a tenth of the training images with a class is held
+out as the test part, each by what its file holds, whatever lies beside it (see `maelab.data.splits`). Training leaves
+out copies of test and validation images, and validation those of test images. Hidden files and what systems leave
+behind are passed over, at every depth. A layout that may be meant otherwise is refused, with the command that is right.
 """
 
 import hashlib
+import os
+import unicodedata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +23,13 @@ from maelab.errors import UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _TEST_FRACTION = 0.1
 _UNLABELLED = ("unlabelled", "unlabeled")
+_PARTS: dict[str, Literal["train", "val", "test"]] = {  # how a part's folder may be called, in any case
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_LEFT_BEHIND = ("__macosx", "$recycle.bin", "@eadir")  # by macOS, Windows and Synology
+
+Part = Literal["train", "val", "test"]
 
 
 class File(NamedTuple):
@@ -26,7 +37,23 @@ class File(NamedTuple):
 
     path: Path
     label: int  # -1 without a class
-    test: bool  # in test/
+    part: Part
+
+
+class Listing(NamedTuple):
+    """What a folder holds.
+
+    Args:
+        files: sorted by part, class and name.
+        class_names: by label; () without classes.
+        given: whether the folder itself says which images are for testing.
+        notes: what a person should know of it, each in a line.
+    """
+
+    files: list[File]
+    class_names: tuple[str, ...]
+    given: bool
+    notes: tuple[str, ...] = ()
 
 
 def find_root(spec: str) -> Path:
@@ -38,67 +65,123 @@ def find_root(spec: str) -> Path:
     return Path(path).expanduser()
 
 
-def list_files(root: Path) -> tuple[list[File], tuple[str, ...], bool]:
-    """(files sorted by class and name, class names, whether the folder itself says which are for testing)."""
+def list_files(root: Path) -> Listing:
+    """The images of a folder, their classes, and what they are for. Raises UsageError for an unclear layout."""
     if not root.exists():
         raise UsageError(f"there is no folder {root}")
     if not root.is_dir():
         raise UsageError(f"{root} is a file; folder:PATH takes a folder of images")
-    parts = {path.name for path in root.iterdir() if path.is_dir()} if not list_images(root, deep=False) else set()
-    without = sorted(name for name in parts & set(_UNLABELLED) if list_images(root / name))
-    more = [File(path, -1, False) for name in without for path in list_images(root / name)]
-    parts -= set(_UNLABELLED)
-    if more and not any(list_images(root / name) for name in parts):
-        return more, (), False
-    if {"train", "test"} <= parts:
-        if extra := sorted(name for name in parts - {"train", "test"} if list_images(root / name)):
-            raise UsageError(f"{root} holds train/, test/ and also {extra[0]}/; leave only train/ and test/ there")
-        train, class_names = _list_classes(root / "train")
-        test, test_classes = _list_classes(root / "test")
-        if unknown := sorted(set(test_classes) - set(class_names)):
-            raise UsageError(f"class {unknown[0]!r} is in {root / 'test'} but not in {root / 'train'}")
-        if bool(class_names) != bool(test_classes):
-            raise UsageError(f"{root / 'test'} has no classes, but {root / 'train'} has")
-        files = [File(path, class_names.index(name) if name else -1, False) for path, name in train]
-        files += [File(path, class_names.index(name) if name else -1, True) for path, name in test]
-        return files + more, class_names, True
-    if "train" in parts and parts <= {"train", "val", "valid", "validation"}:
+    subs = _sub_folders(root) if not list_images(root, deep=False) else []
+    without = [sub for sub in subs if sub.name in _UNLABELLED]
+    more = [File(path, -1, "train") for sub in without for path in list_images(sub)]
+    others = [sub for sub in subs if sub.name not in _UNLABELLED and list_images(sub)]
+    if more and not others:
+        return Listing(more, (), False)
+    parts: dict[str, Path] = {}
+    for sub in others:
+        if (part := _PARTS.get(sub.name.casefold())) and parts.setdefault(part, sub) != sub:
+            raise UsageError(f"{root} holds {parts[part].name}/ and {sub.name}/: leave only one of them there")
+    if parts and "train" not in parts and len(parts) == len(others) > 1:
+        raise UsageError(f"{root} holds {' and '.join(f'{sub.name}/' for sub in others)}, and no train/ beside them")
+    divided = "train" in parts and any(map(list_images, _sub_folders(parts["train"])))
+    if "train" not in parts or (len(parts) == 1 < len(others) and not divided):  # a class may be called test, or train
+        classes, notes = _list_classes(root)
+        names = tuple(name for name in classes if name)
+        files = [File(path, k if names else -1, "train") for k, name in enumerate(classes) for path in classes[name]]
+        return Listing(files + more, names, False, notes)
+    if len(others) == 1:
         raise UsageError(
-            f"{root} holds {' and '.join(f'{name}/' for name in sorted(parts))}: name the two parts train/ and test/, "
-            f"or use folder:{root / 'train'}"
+            f"{root} holds {parts['train'].name}/ alone: use folder:{parts['train']}, or put test/ or val/ beside it"
         )
-    found, class_names = _list_classes(root)
-    files = [File(path, class_names.index(name) if name else -1, False) for path, name in found]
-    return files + more, class_names, False
+    if extra := [sub.name for sub in others if sub not in parts.values()]:
+        raise UsageError(
+            f"{root} holds {', '.join(f'{sub.name}/' for sub in parts.values())} and also {extra[0]}/ with images;"
+            f" move {extra[0]}/ elsewhere, or use folder:{parts['train']}"
+        )
+    classes, notes = _list_classes(parts["train"])
+    names = tuple(name for name in classes if name)
+    files = []
+    for part in dict.fromkeys(_PARTS.values()):
+        if part not in parts:
+            continue
+        own, said = _list_classes(parts[part], several=part == "train")
+        notes += said if part != "train" else ()
+        if bool(names) != any(own):
+            raise UsageError(
+                f"{parts[part]} has {'no ' if names else ''}classes, but {parts['train']} has{' none' * (not names)}"
+            )
+        if names and (unknown := sorted(set(own) - set(names))):
+            raise UsageError(f"class {unknown[0]!r} is in {parts[part]} but not in {parts['train']}")
+        files += [File(path, names.index(name) if names else -1, part) for name in own for path in own[name]]
+    return Listing(files + more, names, "test" in parts, notes)
 
 
-def _list_classes(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
-    """Sorted (path, class name) of the images in `folder`, and its classes; the name is "" in a flat folder."""
+def _list_classes(folder: Path, several: bool = True) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """Class name -> its images, both sorted, and what a person should know; the name is "" in a flat folder. A single
+    class is refused if there should be `several`."""
     loose = list_images(folder, deep=False)
-    subs = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in _UNLABELLED)
-    subs = sorted(subs, key=lambda path: path.name)
-    by_class = {sub.name: list_images(sub) for sub in subs}
-    full = [name for name, images in by_class.items() if images]
+    subs = [sub for sub in _sub_folders(folder) if sub.name not in _UNLABELLED]
+    by_class: dict[str, list[Path]] = {}
+    for sub in subs:  # a name may be spelt with letters and accents apart, and is the same
+        by_class.setdefault(unicodedata.normalize("NFC", sub.name), []).extend(list_images(sub))
+    full = {name: by_class[name] for name in sorted(by_class) if by_class[name]}
     if loose and full:
         raise UsageError(
-            f"{folder} holds both images and sub-folders with images ({loose[0].name}, {full[0]}/): "
+            f"{folder} holds both images and sub-folders with images ({loose[0].name}, {next(iter(full))}/): "
             "put every image into the sub-folder of its class, images without one into unlabelled/, or all of them "
             "directly into one folder"
         )
     if not loose and not full:
         raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     if loose:
-        return [(path, "") for path in loose], ()
+        return {"": loose}, ()
+    if several and len(full) == 1:
+        only = next(sub for sub in subs if list_images(sub))
+        inner = [sub.name for sub in _sub_folders(only) if list_images(sub)] if not list_images(only, False) else []
+        if inner:
+            raise UsageError(
+                f"{folder} holds {only.name}/ alone, whose sub-folders hold images ({', '.join(inner[:3])}): if these"
+                f" are the classes, use folder:{only}"
+            )
+        raise UsageError(
+            f"{folder} holds a single class, {only.name}/, and a classifier needs two; to pretrain on its images"
+            f" without classes, use folder:{only}"
+        )
+    notes = []
     if empty := [name for name in by_class if name not in full]:
-        raise UsageError(f"class {empty[0]!r} in {folder} holds no images; remove the sub-folder or fill it")
-    return [(path, name) for name in full for path in by_class[name]], tuple(full)
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        notes.append(f"no images, so no class: {', '.join(f'{name}/' for name in empty[:5])}{more}")
+    spelt: dict[str, str] = {}
+    for name in full:
+        if (other := spelt.setdefault(name.casefold(), name)) != name:
+            notes.append(f"classes {other!r} and {name!r} differ in case alone; if they are one class, join them")
+    return full, tuple(notes)
+
+
+def _passed_over(name: str) -> bool:
+    """Whether a file or folder is hidden (".x", "._x.png" of macOS), or left behind by a system."""
+    return name[0] == "." or name.casefold() in _LEFT_BEHIND
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _passed_over(path.name))
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files in a folder and below, sorted, but for what is passed over; a folder met twice by links counts once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        inner = sorted(name for name in folders if not _passed_over(name))
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in seen]
+        found += [Path(place, name) for name in names if not _passed_over(name)]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.as_posix())
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
-    """Files of `folder` with an image's suffix, sorted; hidden ones (".x", "._x.png" of macOS) are left out."""
-    paths = folder.rglob("*") if deep else folder.iterdir()
-    found = (path for path in paths if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file())
-    return sorted(found, key=lambda path: path.as_posix())
+    """Files of `folder` with an image's suffix, and of what lies below it if `deep`, sorted; see `walk`."""
+    paths = walk(folder) if deep else sorted(path for path in folder.iterdir() if not _passed_over(path.name))
+    return [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
 def fingerprint_of(files: list[File], root: Path) -> str:
@@ -106,7 +189,8 @@ def fingerprint_of(files: list[File], root: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.path.stat()
-        line = (str(file.path.relative_to(root)), file.label, file.test, stat.st_size, stat.st_mtime_ns)
+        part = file.part == "test" or (file.part if file.part == "val" else False)
+        line = (str(file.path.relative_to(root)), file.label, part, stat.st_size, stat.st_mtime_ns)
         digest.update(repr(line).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -116,25 +200,29 @@ class Parts(NamedTuple):
 
     Args:
         keys, labels: int64 (N,); label -1 without a class.
+        val: bool (N,), for validation, as the folder says; none where it does not.
         test: bool (N,), for testing.
-        left_out: bool (N,), for nothing, since a copy is for testing.
+        left_out: bool (N,), for nothing, since a copy is for testing, or for validation.
     """
 
     keys: torch.Tensor
     labels: torch.Tensor
+    val: torch.Tensor
     test: torch.Tensor
     left_out: torch.Tensor
 
 
 def share_out(files: list[File], keys: list[bytes], class_names: tuple[str, ...], given: bool) -> Parts:
-    """Share out the images; `given`: by test/ of the folder itself."""
+    """Share out the images; `given`: the folder itself says which are for testing."""
     number = torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
     labels = torch.tensor([file.label for file in files])
-    test = torch.tensor([file.test for file in files])
+    val, test = (torch.tensor([file.part == part for file in files]) for part in ("val", "test"))
     if class_names and not given:
-        labelled = labels >= 0
-        test[labelled] = hold_out(number[labelled], labels[labelled], _TEST_FRACTION, "test")
-    return Parts(number, labels, test, ~test & torch.isin(number, number[test]))
+        free = (labels >= 0) & ~val
+        test[free] = hold_out(number[free], labels[free], _TEST_FRACTION, "test")
+    tested = ~test & torch.isin(number, number[test])
+    val &= ~tested
+    return Parts(number, labels, val, test, tested | ~test & ~val & torch.isin(number, number[val]))
 
 
 def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:
@@ -150,7 +238,8 @@ def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:
         named = " and ".join(str(files[i].path.relative_to(root)) for i in (torn[0][0], torn[0][-1]))
         lines.append(f"{sum(map(len, torn))} identical files lie in different classes, for example {named}")
     if left_out := parts.left_out.nonzero()[:, 0].tolist():
-        copied = next(i for i in groups[int(which[left_out[0]])] if parts.test[i])
+        copied = next(i for i in groups[int(which[left_out[0]])] if parts.test[i] or parts.val[i])
         named = " as ".join(str(files[i].path.relative_to(root)) for i in (left_out[0], copied))
-        lines.append(f"left {len(left_out)} images out of training, which are also test images: for example {named}")
+        judges = "test or validation" if parts.val.any() else "test"
+        lines.append(f"left {len(left_out)} images out, which are also {judges} images: for example {named}")
     return lines

@@ -86,7 +86,7 @@ class Dataset:
 
     Args:
         name: the spec it was loaded by: "mnist", "fashion-mnist", "cifar10" or "folder:PATH".
-        train: all training images; a validation part is cut from it with `split`.
+        train: all training images; where there is no `val`, a validation part is cut from it with `split`.
         test: None for a folder without classes.
         class_names: by label; () without labels.
         checksums: file or array name -> MD5.
@@ -94,6 +94,7 @@ class Dataset:
         unlabelled: training images without a class, beside those with one; only pretraining takes them.
         listing: the files of a folder, 16 bytes each, for `maelab.data.compare_images`; empty for a built-in set.
         held_out: whether the test part was held out of the training images, because the folder has no test/.
+        val: the validation part, where the folder itself has one.
     """
 
     name: str
@@ -105,3 +106,4 @@ class Dataset:
     unlabelled: ImageSet | None = None
     listing: bytes = b""
     held_out: bool = False
+    val: ImageSet | None = None

@@ -73,7 +73,7 @@ def feed_image(content: bytes, place: Path) -> None:
 
 
 def feed_header(content: bytes, place: Path) -> None:
-    file, skipped = File(place / "image.png", -1, False), list[str]()
+    file, skipped = File(place / "image.png", -1, "train"), list[str]()
     file.path.write_bytes(content)
     for _, header in decode.each(decode.read_header, [file], place, skipped):
         assert header.height > 0 and header.width > 0
