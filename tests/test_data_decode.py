@@ -1,12 +1,16 @@
 """Any image file becomes pixels: modes, formats, orientation, size."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pictures import one, save
 from PIL import Image
+
+from maelab.data import load
+from maelab.data.folder import scan
 
 
 def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
@@ -62,13 +66,36 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
     assert red > 200 and green < 60 and blue < 60
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "JPG"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "JPG"])
 def test_formats(suffix: str, tmp_path: Path) -> None:
     pixel = one(save(tmp_path / f"x.{suffix}", (200, 100, 50), mode="RGB"))[:, 4, 4]
     assert (pixel.int() - torch.tensor([200, 100, 50])).abs().max() <= 4
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize(("mode", "value", "shown"), [("L", 90, 90), ("I;16", 257 * 90, 90), ("RGB", (90, 91, 92), 90)])
+def test_tiff(compression, mode: str, value: Any, shown: int, tmp_path: Path) -> None:
+    page = Image.new(mode, (8, 8), value)
+    page.save(tmp_path / "x.tif", compression=compression, save_all=True, append_images=[Image.new(mode, (8, 8))])
+    assert one(tmp_path / "x.tif")[0, 4, 4].item() == shown
+    assert "of several frames or pages, only the first is used: 1" in scan(f"folder:{tmp_path}").lines()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.full((8, 8), 0.5, np.float32), "its pixels are floating-point numbers"),
+        (np.full((8, 8), 70_000, np.int32), "its pixels have more than 16 bits"),
+        (np.full((8, 8), -1, np.int32), "its pixels have more than 16 bits"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused_and_named(pixels: np.ndarray, reason: str, tmp_path: Path) -> None:
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    save(tmp_path / "y.png")
+    assert load(f"folder:{tmp_path}").skipped == (f"x.tif ({reason})",)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation(suffix: str, tmp_path: Path) -> None:
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:, :16] = 255  # white on the left

@@ -49,13 +49,13 @@ def test_undecodable_images_are_named_skipped_and_counted(tmp_path: Path, capsys
     whole = (tmp_path / "b" / "whole.jpg").read_bytes()
     (tmp_path / "b" / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "b" / "whole.jpg").unlink()
-    Image.new("L", (8, 8)).save(tmp_path / "b" / "other.gif")
-    (tmp_path / "b" / "other.gif").rename(tmp_path / "b" / "gif.png")
+    Image.new("L", (8, 8)).save(tmp_path / "b" / "other.ppm")
+    (tmp_path / "b" / "other.ppm").rename(tmp_path / "b" / "ppm.png")
     data = load(f"folder:{tmp_path}", img_size=(8, 8), in_chans=1)
     assert data.test is not None and len(data.train) + len(data.test) == 20
     named = [line.split(" (")[0] for line in data.skipped]
-    assert named == ["a/empty.png", "a/text.jpg", "b/bad.png", "b/gif.png", "b/gigantic.png", "b/truncated.jpg"]
-    assert "(empty)" in data.skipped[0] and "megapixels" in data.skipped[4] and "truncated" in data.skipped[5]
+    assert named == ["a/empty.png", "a/text.jpg", "b/bad.png", "b/gigantic.png", "b/ppm.png", "b/truncated.jpg"]
+    assert "(empty)" in data.skipped[0] and "megapixels" in data.skipped[3] and "truncated" in data.skipped[5]
     err = capsys.readouterr().err
     assert "skipped 6 of 26 images: a/empty.png (empty)" in err and "and 1 more" in err
 

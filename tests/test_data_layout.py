@@ -86,7 +86,7 @@ def test_parts_in_any_spelling_and_validation_as_the_folder_says(tmp_path: Path,
     train, val = training_sets(data, DataConfig(data="x", val_fraction=0.5))
     assert train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 20, 21, 22, 23]
     assert val.images[:, 0, 0, 0].tolist() == [80, 81, 82, 83, 100, 101, 102, 103]
-    assert "left 2 images out, which are also test or validation images" in capsys.readouterr().err
+    assert "left 2 images out of training, which are also test or validation images" in capsys.readouterr().err
     found = scan(f"folder:{tmp_path}")
     assert (found.labelled, found.val, found.test, found.ignored) == (8, 8, 8, {".json": 1})
     assert "8 for validation; 8 for testing, in test/" in "\n".join(found.lines())

@@ -116,7 +116,7 @@ def test_uploads_become_small_upright_rgb_or_one_clear_line():
     whole = sent(Image.effect_noise((64, 64), 90), "PNG")
     for content, why in (
         (b"", "empty"),
-        (b"GIF89a not", "no PNG, JPEG, WEBP, BMP image"),
+        (b"GIF89a not", "no PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image"),
         (whole[: len(whole) // 2], "cannot read the image"),
         (sent(Image.new("1", (20_000, 10_000)), "PNG"), "more than 89 megapixels"),
     ):
@@ -363,7 +363,7 @@ def test_pictures_come_from_examples_the_board_and_files_and_bad_files_say_why(o
     upload.set_input_files(tmp_path / "bad.png")
     alert = opened.page.locator("#look-problem [role=alert]")
     alert.wait_for()
-    assert alert.inner_text() == "bad.png: cannot read the image: it is no PNG, JPEG, WEBP, BMP image"
+    assert alert.inner_text() == "bad.png: cannot read the image: it is no PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image"
     (tmp_path / "large.png").write_bytes(bytes(11 << 20))
     upload.set_input_files(tmp_path / "large.png")
     opened.page.wait_for_function("() => document.querySelector('#look-problem').innerText.includes('at most 10 MB')")

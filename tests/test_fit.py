@@ -37,7 +37,7 @@ def photos(cifar_folder, cifar_small, tmp_path_factory) -> Path:
     pictures[0].save(cat / "animated.webp", save_all=True, append_images=pictures[1:3])
     pictures[1].convert("CMYK").save(cat / "cmyk.jpg")
     Image.fromarray(np.asarray(pictures[2].convert("L")).astype(np.uint16) * 257).save(cat / "sixteen.png")
-    pictures[3].save(cat / "moving.gif")
+    (cat / "drawing.svg").write_text("<svg/>")
     (cat / "notes.txt").write_text("not an image")
     return root
 
@@ -54,7 +54,7 @@ def test_a_scan_counts_what_is_there(photos):
     assert list(found.classes) == ["cat", "ship"] and found.labelled + found.test == 44 and found.held_out
     assert found.unlabelled == 12 and found.test >= 2
     assert [line.split(" (")[0] for line in found.broken] == ["cat/broken.png", "cat/zero.jpg"]
-    assert found.animated == 1 and found.ignored == {".txt": 1, ".gif": 1} and found.side == 32 and not found.grey
+    assert found.animated == 1 and found.ignored == {".txt": 1, ".svg": 1} and found.side == 32 and not found.grey
     assert found.modes == {"RGB": 54, "CMYK": 1, "I;16": 1} and (found.smallest, found.largest) == (
         (32, 32), (2000, 3000),
     )  # fmt: skip

@@ -95,10 +95,10 @@ def test_json_has_one_entry_per_input_in_order(work, maelab: Maelab):
     assert key == "predictions" and not rest
     errors = {
         "empty.png": "empty",
-        "void": "a folder without images (.png, .jpg, .jpeg, .webp, .bmp)",
+        "void": "a folder without images (.png, .jpg, .jpeg, .jfif, .webp, .bmp, .gif, .tif, .tiff, .avif)",
         "nowhere.png": "No such file or directory",
         "*.gif": "matches no file",
-        "text.png": "not a PNG, JPEG, WEBP, BMP image",
+        "text.png": "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image",
         "cut.png": "image file is truncated",
     }
     order = ["./photo.jpg", "empty.png", *DIGITS, "void", "nowhere.png", *DIGITS[3:5], "*.gif", "text.png", "cut.png"]

@@ -1,7 +1,7 @@
 """Any image file -> its header or its pixels.
 
-PNG, JPEG, WebP and BMP (the first frame); EXIF orientation is applied; transparent pixels are shown on white; 16-bit
-grey is scaled to 8 bits.
+PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, of several frames or pages the first; EXIF orientation is applied; transparent
+pixels are shown on white; 16-bit grey is scaled to 8 bits. Pixels of 32 bits or floating-point ones are refused.
 """
 
 import io
@@ -19,7 +19,7 @@ from maelab.data.layout import File
 from maelab.data.splits import content_key
 from maelab.errors import UsageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _Result = TypeVar("_Result")
 
@@ -76,8 +76,8 @@ def read_header(path: Path) -> Header:
     """Read no further than the header, if the format allows."""
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        # A PNG's EXIF data may follow the pixels, and looking for it would decode them here.
-        if image.format != "PNG" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # on its side
+        # A PNG's EXIF data may follow the pixels: looking for it would decode them. A TIFF's size is that shown.
+        if image.format not in ("PNG", "TIFF") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # on its side
             width, height = height, width
         return Header(height, width, image.mode, getattr(image, "is_animated", False))
 
@@ -116,10 +116,18 @@ def decode_image(content: bytes, channels: int) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """`image` of any mode as "L" (1 channel) or "RGB" (3): 16-bit grey scaled to 8 bits, transparency put on white."""
+    """`image` as "L" (1 channel) or "RGB" (3): 16-bit grey scaled to 8 bits, transparency put on white.
+
+    Raises:
+        ValueError: if its pixels have more than 16 bits or are floating-point numbers, whose range nothing here knows.
+    """
     if image.mode.startswith("I"):  # 16-bit grey: 65535 / 257 = 255
-        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -42,7 +42,7 @@ class Found:
         side: median shorter side of all images, in pixels.
         smallest, largest: (height, width) of the images with the fewest and the most pixels.
         modes: Pillow's name of the pixel format -> images.
-        animated: images of which only the first frame is used.
+        animated: images of several frames or pages, of which the first is used.
         broken: those without a readable header, each "PATH (reason)"; broken pixels show only on decoding.
         ignored: suffix -> files that are not looked at.
         notes: what else a person should know of the layout.
@@ -93,7 +93,7 @@ class Found:
             named = "; ".join(self.broken[:3]) + ("; ..." if len(self.broken) > 3 else "")
             lines.append(f"unreadable, left out: {len(self.broken)}: {named}")
         if self.animated:
-            lines.append(f"animated, only the first frame is used: {self.animated}")
+            lines.append(f"of several frames or pages, only the first is used: {self.animated}")
         if self.ignored:
             named = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored.items())
             lines.append(f"other files, ignored: {named}")

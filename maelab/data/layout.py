@@ -20,7 +20,7 @@ import torch
 from maelab.data.splits import hold_out
 from maelab.errors import UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _TEST_FRACTION = 0.1
 _UNLABELLED = ("unlabelled", "unlabeled")
 _PARTS: dict[str, Literal["train", "val", "test"]] = {  # how a part's folder may be called, in any case
@@ -241,5 +241,6 @@ def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:
         copied = next(i for i in groups[int(which[left_out[0]])] if parts.test[i] or parts.val[i])
         named = " as ".join(str(files[i].path.relative_to(root)) for i in (left_out[0], copied))
         judges = "test or validation" if parts.val.any() else "test"
-        lines.append(f"left {len(left_out)} images out, which are also {judges} images: for example {named}")
+        said = f"left {len(left_out)} images out of training, which are also {judges} images"
+        lines.append(f"{said}: for example {named}")
     return lines
