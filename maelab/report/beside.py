@@ -1,5 +1,6 @@
 """Published figures with ours beside them."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ def classifiers(
             for (split, quantity, _), value in zip(
                 quantities, figures.get(epoch, [None] * len(quantities)), strict=True
             ):
-                ours = group.at_epoch(epoch, split, quantity)
+                ours = group.by_epoch(split, quantity).get(epoch)
                 comparable = split == "val" or plain_loss(group.config)
                 rows[-1] += [show(value, digits), versus(ours, value if comparable else None, quantity == "accuracy")]
         gaps, test = [""] * (2 * len(quantities) - 2), tests.get(data)
@@ -125,12 +126,14 @@ def report_b(material: Material) -> Section | None:
     rows, used = [], []
     for (patch, mask), epochs in published.B_PRETRAINING.items():
         groups = autoencoders(material, patch, mask)
-        off = [abs(group.config["epochs"] - published.B_EPOCHS) for group in groups]
-        near = [group for group, distance in zip(groups, off, strict=True) if distance == min(off)]
-        for group in near and families([run for g in near for run in g.runs], ("data",))[0]:  # named by what differs
+        off = min((abs(group.config["epochs"] - published.B_EPOCHS) for group in groups), default=0)
+        near = [group for group in groups if abs(group.config["epochs"] - published.B_EPOCHS) == off]
+        named = families([run for group in near for run in group.runs], ("data",))  # by what differs among these
+        for group in itertools.chain(*named):
             row: list[Any] = [f"{patch}", f"{mask:g}", group.name if len(near) > 1 else NONE]
+            losses = group.by_epoch("train", "loss")
             for epoch, value in epochs.items():
-                row += [show(value), versus(group.at_epoch(epoch, "train", "loss"), value, higher=False)]
+                row += [show(value), versus(losses.get(epoch), value, higher=False)]
             value = published.B_VALIDATION.get((patch, mask))
             row += [show(value), versus(group.measured("val", "masked_mse"), value, higher=False), numbers([group])]
             rows.append(row)

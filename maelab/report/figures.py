@@ -70,16 +70,14 @@ def curve(file: Path, groups: Sequence[Group], split: str, quantity: str, label:
     """
     figure, [[ax]] = panels(figsize=(WIDTH, 3.1 + 0.2 * len(groups)), layout="constrained")
     for group, colour in zip(groups, COLOURS, strict=False):
-        epochs = set()
         for run in group.runs:
             rows = [row for row in run.metrics if row["split"] == split and number(row, quantity) is not None]
             style: dict[str, Any] = {"linestyle": "-" if run.result else ":", "marker": "." if len(rows) == 1 else None}
             if rows:
-                along, values = zip(*((row["epoch"], row[quantity]) for row in rows), strict=True)
-                ax.plot(along, values, color=colour, linewidth=0.8, alpha=0.6, **style)
-                epochs |= set(along)
-        means = {e: value for e in sorted(epochs) if (value := group.at_epoch(e, split, quantity))}
-        shared = {e: value.mean for e, value in means.items() if value.n == len(group.done)}
+                epochs, values = [row["epoch"] for row in rows], [row[quantity] for row in rows]
+                ax.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.6, **style)
+        means = group.by_epoch(split, quantity)
+        shared = {epoch: value.mean for epoch, value in means.items() if value.n == len(group.done)}
         name = f"{group.name} (n = {len(group.done)})" if group.done else f"{group.name} (unfinished)"
         marker = "o" if len(shared) < 3 else None
         ax.plot(list(shared), list(shared.values()), color=colour, linewidth=2.2, label=name, marker=marker)
@@ -102,17 +100,9 @@ def dots(file: Path, rows: Sequence[tuple[str, Sequence[float]]], label: str) ->
     for y, (name, values) in enumerate(rows):
         summary = mean_sd(values)
         assert summary is not None
-        ax.errorbar(
-            summary.mean,
-            y,
-            xerr=summary.deviation or None,
-            fmt="o",
-            color=COLOURS[y % 8],
-            capsize=4,
-            markersize=7,
-            linewidth=2,
-        )
-        ax.plot(values, [y] * len(values), "|", color=COLOURS[y % 8], markersize=9, alpha=0.8)
+        colour, bar = COLOURS[y % len(COLOURS)], summary.deviation or None
+        ax.errorbar(summary.mean, y, xerr=bar, fmt="o", color=colour, capsize=4, markersize=7, linewidth=2)
+        ax.plot(values, [y] * len(values), "|", color=colour, markersize=9, alpha=0.8)
         ax.annotate(
             short(name, 120), (0, y), (2, 7), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9
         )

@@ -130,10 +130,12 @@ class Group:
         value = self.measured(*path)
         return value and value.mean
 
-    def at_epoch(self, epoch: int, split: str, quantity: str) -> Statistic | None:
-        """A number of the metrics after an epoch, over the finished runs."""
-        rows = (row for run in self.done for row in run.metrics)
-        return mean_sd(number(row, quantity) for row in rows if (row["epoch"], row["split"]) == (epoch, split))
+    def by_epoch(self, split: str, quantity: str) -> dict[int, Statistic]:
+        """A number of the metrics after each epoch, over the finished runs that have it, in the order of epochs."""
+        values: dict[int, list[float | None]] = {}
+        for row in (row for run in self.done for row in run.metrics if row["split"] == split):
+            values.setdefault(row["epoch"], []).append(number(row, quantity))
+        return {epoch: summary for epoch, found in sorted(values.items()) if (summary := mean_sd(found))}
 
 
 @dataclass(frozen=True)
