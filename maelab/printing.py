@@ -247,13 +247,10 @@ def _as_csv(entries: Iterable[dict[str, Any]], top: int) -> None:
     for i, entry in enumerate(entries):
         if i == 0:
             writer.writerow(["path", "error", *(name + rank for rank in ranks for name in ("label", "probability"))])
-        ranked = [
-            value
-            for guess in entry.get("top", ())
-            for value in (csv_cell(guess["label"]), f"{guess['probability']:.6f}")
-        ]
-        about = [csv_cell(entry["path"]), csv_cell(entry.get("error", ""))]
-        writer.writerow([*about, *ranked, *[""] * (2 * top - len(ranked))])
+        row = [csv_cell(entry["path"]), csv_cell(entry.get("error", ""))]
+        for guess in entry.get("top", ()):
+            row += [csv_cell(guess["label"]), f"{guess['probability']:.6f}"]
+        writer.writerow(row + [""] * (2 + 2 * top - len(row)))
 
 
 def _as_table(entries: Iterable[dict[str, Any]], names: list[str]) -> None:
@@ -262,11 +259,10 @@ def _as_table(entries: Iterable[dict[str, Any]], names: list[str]) -> None:
 
     width = max((cell_len(name) for name in names if len(name) <= _LONG), default=4)
     for entry in entries:
-        guesses = [
-            f"{label}{' ' * (width - cell_len(label))} {guess['probability']:6.1%}"
-            for guess in entry.get("top", ())
-            for label in (visible(guess["label"]),)
-        ]
+        guesses = []
+        for guess in entry.get("top", ()):
+            label = visible(guess["label"])
+            guesses.append(f"{label}{' ' * (width - cell_len(label))} {guess['probability']:6.1%}")
         print("  ".join([*(guesses or ["unreadable".ljust(width + 7)]), visible(entry["path"])]))
 
 
@@ -307,14 +303,8 @@ def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     for name in columns:
         numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
         heading = re.sub(r"([._])", r"\1\n", visible(name))
-        long = name in ("path", "init", "data")
-        table.add_column(
-            heading,
-            justify="right" if numbers else "left",
-            no_wrap=not long,
-            overflow="fold",
-            min_width=20 if long else None,
-        )
+        justify, long = "right" if numbers else "left", name in ("path", "init", "data")
+        table.add_column(heading, justify=justify, no_wrap=not long, overflow="fold", min_width=20 if long else None)
     for row in rows:
         cells = []
         for name in columns:
