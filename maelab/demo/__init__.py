@@ -57,20 +57,14 @@ def demo(
         from maelab.demo.page import app, build
 
         guarded = app(build(models, examples), host, listener.getsockname()[0])
-        server = uvicorn.Server(
-            uvicorn.Config(
-                guarded,
-                log_level="warning",
-                timeout_graceful_shutdown=1,
-                proxy_headers=False,
-                server_header=False,
-                ws="none",
-            )
-        )
+        config = uvicorn.Config(
+            guarded, log_level="warning", timeout_graceful_shutdown=1, proxy_headers=False, server_header=False,
+            ws="none",
+        )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
         yield f"http://{shown}:{listener.getsockname()[1]}/"
         with contextlib.suppress(KeyboardInterrupt):  # the usual end
-            server.run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -57,9 +57,9 @@ class Guard:
     def __init__(self, inner: Callable[..., Awaitable[None]], inputs: Mapping[int, int], host: str, address: str):
         self.inner, self.inputs = inner, inputs
         self.everywhere = ip_address(address.partition("%")[0]).is_unspecified
-        self.names = {"localhost", host.lower(), address} | (
-            {socket.gethostname().lower()} if self.everywhere else set()
-        )
+        self.names = {"localhost", host.lower(), address}
+        if self.everywhere:
+            self.names.add(socket.gethostname().lower())
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
@@ -97,19 +97,15 @@ class Guard:
         given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
         if len(given) != 1 or not self._is_own(given[0]):
             raise _Refused(403, "maelab demo answers to localhost and to the value of --host only")
-        if any(
-            name == b"origin" and value.lower() != b"http://" + given[0].encode() for name, value in scope["headers"]
-        ):
+        origins = [value.lower() for name, value in scope["headers"] if name == b"origin"]
+        if any(origin != b"http://" + given[0].encode() for origin in origins):
             raise _Refused(403, "maelab demo answers to its own page only")
         headers = [(name, value) for name, value in scope["headers"] if name in _HEADERS]
         inside = {**scope, "headers": headers, "query_string": b""}
         if scope["method"] == "POST" and scope["path"] == _EVENTS:
             body = self._event(await _read(receive))
-            inside["headers"] = [
-                *headers,
-                (b"content-type", b"application/json"),
-                (b"content-length", b"%d" % len(body)),
-            ]
+            length = b"%d" % len(body)
+            inside["headers"] = [*headers, (b"content-type", b"application/json"), (b"content-length", length)]
             return inside, _once(body, receive)
         if scope["method"] != "GET" or not _READ.fullmatch(scope["path"]):
             raise _Refused(404, "maelab demo has no such page")

@@ -138,12 +138,8 @@ def example_images(chosen: Loaded, paths: Sequence[str], data_dir: Path | None) 
         return [Image.fromarray(digit) for digit in np.split(sheet, sheet.shape[1] // 28, axis=1)]
     if data.startswith("folder:"):
         root = Path(data.removeprefix("folder:")).expanduser()
-        files = list_images(root) if root.is_dir() else []
-        return (
-            example_images(chosen, [str(file) for file in files[:: max(1, len(files) // EXAMPLES)]], None)
-            if files
-            else []
-        )
+        files = [str(file) for file in list_images(root)] if root.is_dir() else []
+        return example_images(chosen, files[:: max(1, len(files) // EXAMPLES)], None) if files else []
     if data not in NAMES:
         return []
     try:
@@ -240,9 +236,8 @@ def guess(
     x = fit(chosen.model, image)
     if mask is not None:
         x = unscale(hide(chosen.model, scale(x), mask))
-    shares = list(
-        zip(chosen.class_names, class_probabilities(chosen.model, ImageSet(x, None))[0].tolist(), strict=True)
-    )
+    probabilities = class_probabilities(chosen.model, ImageSet(x, None))[0].tolist()
+    shares = list(zip(chosen.class_names, probabilities, strict=True))
     return shares if len(shares) <= top else sorted(shares, key=lambda pair: -pair[1])[:top]
 
 

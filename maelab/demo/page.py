@@ -32,6 +32,7 @@ _TYPES = "image/png,image/jpeg,image/webp,image/bmp"
 # No endpoint for programs. Values come as they were sent: of a wrong one handlers say why, Gradio prints a traceback.
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 _EACH = _QUIET | {"trigger_mode": "multiple"}  # one after the other: "always_last" would repeat the first one's data
+_INVITATION = '<p class="note">Draw a digit from 0 to 9, as large as you like.</p>'
 _turn = itertools.count()  # makes every value of the patches a new one, so that the page draws it anew
 
 
@@ -110,10 +111,9 @@ def scene(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> str:
 
 
 def _board() -> gr.HTML:
-    canvas = (
-        '<div class="board"><canvas width="320" height="320" aria-label="board"></canvas><button>Clear</button></div>'
-    )
-    return gr.HTML("", html_template=canvas, js_on_load=(HERE / "board.js").read_text())
+    canvas = '<canvas width="320" height="320" aria-label="board"></canvas>'
+    html = f'<div class="board">{canvas}<button>Clear</button></div>'
+    return gr.HTML("", html_template=html, js_on_load=(HERE / "board.js").read_text())
 
 
 def _draw_tab(chosen: Loaded, drawing: gr.State) -> None:
@@ -126,7 +126,7 @@ def _draw_tab(chosen: Loaded, drawing: gr.State) -> None:
             return None, _problem("the drawing did not arrive whole; draw again"), ""
         digit = logic.centre_drawing(ink)
         if digit is None:
-            return None, '<p class="note">Draw a digit from 0 to 9, as large as you like.</p>', ""
+            return None, _INVITATION, ""
         image = Image.fromarray(digit)
         seen = [_card("what the model sees", digit)]
         if len(chosen.model.blocks):
@@ -138,7 +138,7 @@ def _draw_tab(chosen: Loaded, drawing: gr.State) -> None:
         with gr.Column(scale=0, min_width=344):
             board = _board()
         with gr.Column():
-            shares = gr.HTML('<p class="note">Draw a digit from 0 to 9, as large as you like.</p>', elem_id="shares")
+            shares = gr.HTML(_INVITATION, elem_id="shares")
     seen = gr.HTML(elem_id="seen")
     board.drawn(answer, None, [drawing, shares, seen], **_EACH)
 
@@ -234,9 +234,8 @@ def _look_tab(
             )
             board = '<button data-index="-1">Take the drawing</button>' if drawing else ""
             upload = f'<label>Upload an image<input type="file" accept="{_TYPES}"></label>'
-            html = (
-                f'<div class="sources"><div class="thumbs">{thumbs}</div><div class="ways">{board}{upload}</div></div>'
-            )
+            ways = f'<div class="ways">{board}{upload}</div>'
+            html = f'<div class="sources"><div class="thumbs">{thumbs}</div>{ways}</div>'
             sources = gr.HTML(
                 "", html_template=html, js_on_load=(HERE / "sources.js").read_text(), limit=UPLOAD_BYTES,
                 elem_id=f"{tab}-sources",
