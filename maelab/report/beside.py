@@ -81,9 +81,8 @@ def classifiers(
         rows: list[list[Any]] = []
         for epoch in sorted({*figures, group.config["epochs"]}):
             rows.append([str(epoch)])
-            for (split, quantity, _), value in zip(
-                quantities, figures.get(epoch, [None] * len(quantities)), strict=True
-            ):
+            values = figures.get(epoch, [None] * len(quantities))
+            for (split, quantity, _), value in zip(quantities, values, strict=True):
                 ours = group.by_epoch(split, quantity).get(epoch)
                 comparable = split == "val" or plain_loss(group.config)
                 rows[-1] += [show(value, digits), versus(ours, value if comparable else None, quantity == "accuracy")]
