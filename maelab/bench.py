@@ -48,7 +48,7 @@ COLUMNS = {
     "fraction_of_floor": "share of it", "fraction_of_peak": "of peak", "data_share": "batches", "peak_rss_mb": "MB",
 }  # fmt: skip
 QUICKSTART, GOAL = "quickstart", 0.99  # a validation accuracy
-PATH = {
+TO_GOAL = {
     "pretraining_s": "pretraining s", "finetuning_s": "fine-tuning s", "seconds_to_goal": f"s to {GOAL:g}",
     "val_accuracy": "validation", "test_accuracy": "test",
 }  # fmt: skip
@@ -509,7 +509,7 @@ def bench(
     }  # fmt: skip
     titles = {"Whole training steps, images per second, medians": COLUMNS}
     titles["Classifying, images per second, medians"] = {f"{who}_images_per_s": SERVERS[who] for who in SERVERS}
-    titles["Recipe quickstart, from nothing to a classifier of MNIST"] = PATH
+    titles["Recipe quickstart, from nothing to a classifier of MNIST"] = TO_GOAL
     for title, columns in titles.items():
         table = Table("case", title=title, caption=result["kernels"], box=SIMPLE)
         for column in columns.values():

@@ -137,7 +137,7 @@ class DataConfig(_Config):
     data: str
     """mnist, fashion-mnist, cifar10, or folder:PATH"""
     val_fraction: float = 0.05
-    """share of the training images held out for validation"""
+    """share of the training images held out for validation, where a folder has no val/ of its own"""
     split_seed: int = 0
     """seed of that split, apart from --seed so that runs with other seeds share their validation images"""
     limit: int | None = None

@@ -23,6 +23,7 @@ from maelab.runs import open_collection, replace_collection, write_json
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
 from maelab.tasks.reconstruct import reconstruct
+from maelab.training.capture import WARM_UP
 from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import console, say
@@ -204,8 +205,8 @@ def _measure(
 
         task = Task(model, spec, steps * config.batch_size, step, timed, metric, metric != "loss")
         with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
-            train(engine, Path(place), task, replace(config, epochs=3))
-        return times[2] - times[1]  # the first epoch also builds and allocates
+            train(engine, Path(place), task, replace(config, epochs=WARM_UP + 2 if engine.captures else 3))
+        return times[-1] - times[-2]  # the first epoch also builds and allocates, the first steps are not yet captured
 
     loud, console.quiet = console.quiet, True
     try:

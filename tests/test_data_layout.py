@@ -118,10 +118,23 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     save(tmp_path / "elsewhere" / "far.png", 90)
     (tmp_path / "set" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set" / "a")
     (tmp_path / "set" / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     data = load(f"folder:{tmp_path / 'set'}")
     assert data.test is not None and len(data.train) + len(data.test) == 21
+
+
+def test_names_control_no_terminal(tmp_path: Path, capsys) -> None:
+    classes(tmp_path)
+    (tmp_path / "c\x1b[31m\n").mkdir()
+    bad(tmp_path / "a" / "d\x1b[31m.png")
+    save(tmp_path / "unlabelled" / "e\x1b[31m.png", 0)  # a copy of a/00.png
+    for i in range(10):
+        save(tmp_path / "unlabelled" / f"f\x1b[31m{i}.png", 100 + i)  # and of all of b
+    load(f"folder:{tmp_path}")
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == said.count("maelab: ") == 3 and r"c\x1b[31m\n/" in said
 
 
 def test_names_are_those_that_people_see(tmp_path: Path, capsys) -> None:

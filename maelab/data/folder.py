@@ -24,6 +24,7 @@ from maelab.data.layout import SUFFIXES, describe_copies, find_root, fingerprint
 from maelab.data.sets import Dataset, ImageSet, MappedImages
 from maelab.data.splits import content_key, list_of_images
 from maelab.errors import RunError, UsageError
+from maelab.names import visible
 
 _MEMORY_SHARE = 0.8  # of what is free may be filled
 _MAPPED_ABOVE = 2**29  # bytes of pixels; cutting off a validation part doubles for a moment what lies in memory
@@ -190,17 +191,20 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
     for line in (*notes, *describe_copies(parts, kept, root)):
-        print(f"maelab: {line}", file=sys.stderr)
+        print(visible(f"maelab: {line}"), file=sys.stderr)
     train = ~parts.val & ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
         if not bool((train & (parts.labels == label)).any()):
             raise UsageError(f"class {class_name!r} in {root} has no good training image; every class needs two")
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        print(f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}", file=sys.stderr)
+        said = f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}"
+        print(visible(said), file=sys.stderr)
     checksums = {"images": image_md5, "files": _md5(parts.keys.numpy())}
     if class_names:
         checksums["labels"] = _md5(parts.labels.numpy())
+    if parts.val.any():  # said by the folder, and so no share of the training images
+        checksums["validation"] = _md5(parts.keys[parts.val].numpy())
 
     def part(chosen: torch.Tensor) -> ImageSet | None:
         rows = chosen.nonzero()[:, 0]

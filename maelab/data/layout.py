@@ -11,6 +11,7 @@ behind are passed over, at every depth. A layout that may be meant otherwise is 
 import hashlib
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,13 +24,12 @@ from maelab.errors import UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _TEST_FRACTION = 0.1
 _UNLABELLED = ("unlabelled", "unlabeled")
-_PARTS: dict[str, Literal["train", "val", "test"]] = {  # how a part's folder may be called, in any case
+Part = Literal["train", "val", "test"]
+_PARTS: dict[str, Part] = {  # how a part's folder may be called, in any case
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
 _LEFT_BEHIND = ("__macosx", "$recycle.bin", "@eadir")  # by macOS, Windows and Synology
-
-Part = Literal["train", "val", "test"]
 
 
 class File(NamedTuple):
@@ -74,7 +74,7 @@ def list_files(root: Path) -> Listing:
     subs = _sub_folders(root) if not list_images(root, deep=False) else []
     without = [sub for sub in subs if sub.name in _UNLABELLED]
     more = [File(path, -1, "train") for sub in without for path in list_images(sub)]
-    others = [sub for sub in subs if sub.name not in _UNLABELLED and list_images(sub)]
+    others = [sub for sub in subs if sub.name not in _UNLABELLED and _has_images(sub)]
     if more and not others:
         return Listing(more, (), False)
     parts: dict[str, Path] = {}
@@ -83,7 +83,7 @@ def list_files(root: Path) -> Listing:
             raise UsageError(f"{root} holds {parts[part].name}/ and {sub.name}/: leave only one of them there")
     if parts and "train" not in parts and len(parts) == len(others) > 1:
         raise UsageError(f"{root} holds {' and '.join(f'{sub.name}/' for sub in others)}, and no train/ beside them")
-    divided = "train" in parts and any(map(list_images, _sub_folders(parts["train"])))
+    divided = "train" in parts and any(map(_has_images, _sub_folders(parts["train"])))
     if "train" not in parts or (len(parts) == 1 < len(others) and not divided):  # a class may be called test, or train
         classes, notes = _list_classes(root)
         names = tuple(name for name in classes if name)
@@ -136,9 +136,9 @@ def _list_classes(folder: Path, several: bool = True) -> tuple[dict[str, list[Pa
     if loose:
         return {"": loose}, ()
     if several and len(full) == 1:
-        only = next(sub for sub in subs if list_images(sub))
-        inner = [sub.name for sub in _sub_folders(only) if list_images(sub)] if not list_images(only, False) else []
-        if inner:
+        only = next(filter(_has_images, subs))
+        inner = [sub.name for sub in _sub_folders(only) if _has_images(sub)]
+        if inner and not list_images(only, deep=False):
             raise UsageError(
                 f"{folder} holds {only.name}/ alone, whose sub-folders hold images ({', '.join(inner[:3])}): if these"
                 f" are the classes, use folder:{only}"
@@ -167,21 +167,29 @@ def _sub_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _passed_over(path.name))
 
 
-def walk(folder: Path) -> list[Path]:
-    """All files in a folder and below, sorted, but for what is passed over; a folder met twice by links counts once."""
-    found, seen = [], set()
+def walk(folder: Path) -> Iterator[Path]:
+    """All files in a folder and below, but for what is passed over; a folder that links lead to twice counts once."""
+    seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        inner = sorted(name for name in folders if not _passed_over(name))
-        folders[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in seen]
-        found += [Path(place, name) for name in names if not _passed_over(name)]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.as_posix())
+        shown = sorted(name for name in folders if not _passed_over(name))
+        real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
+        folders[:] = [real[path] for path in real if path not in seen]
+        seen |= real.keys()
+        yield from (path for name in names if not _passed_over(name) and (path := Path(place, name)).is_file())
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
     """Files of `folder` with an image's suffix, and of what lies below it if `deep`, sorted; see `walk`."""
-    paths = walk(folder) if deep else sorted(path for path in folder.iterdir() if not _passed_over(path.name))
-    return [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    here = (path for path in folder.iterdir() if not _passed_over(path.name) and path.is_file())
+    return sorted(filter(_is_image, walk(folder) if deep else here), key=lambda path: path.as_posix())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _has_images(folder: Path) -> bool:
+    return any(map(_is_image, walk(folder)))
 
 
 def fingerprint_of(files: list[File], root: Path) -> str:
@@ -189,7 +197,7 @@ def fingerprint_of(files: list[File], root: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.path.stat()
-        part = file.part == "test" or (file.part if file.part == "val" else False)
+        part = {"train": False, "test": True}.get(file.part, file.part)  # as it was before there was a third
         line = (str(file.path.relative_to(root)), file.label, part, stat.st_size, stat.st_mtime_ns)
         digest.update(repr(line).encode(errors="surrogateescape"))
     return digest.hexdigest()

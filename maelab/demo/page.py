@@ -28,7 +28,7 @@ from maelab.names import visible
 
 BOARD = 140  # pixels of a drawing's side, as board.js sends it
 HERE = Path(__file__).parent
-_TYPES = "image/png,image/jpeg,image/webp,image/bmp"
+_TYPES = "image/png,image/jpeg,image/webp,image/bmp,image/gif,image/tiff,image/avif"
 # No endpoint for programs. Values come as they were sent: of a wrong one handlers say why, Gradio prints a traceback.
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 _EACH = _QUIET | {"trigger_mode": "multiple"}  # one after the other: "always_last" would repeat the first one's data

@@ -80,8 +80,9 @@ def card(
     """
     height, width = checkpoint["arguments"]["img_size"]
     channels, val = checkpoint["arguments"]["in_chans"], result["val"]
-    held_out = f"validation images, {config['val_fraction']:.0%} of the training images by split seed"
-    held_out += f" {config['split_seed']}"
+    held_out = "validation images"
+    if "validation" not in env.get("data_md5", {}):  # of the data itself
+        held_out += f", {config['val_fraction']:.0%} of the training images by split seed {config['split_seed']}"
     if config["task"] == "pretrain":
         what, load = "A masked autoencoder", f"maelab finetune RECIPE --init maelab:{name}"
         scores = {

@@ -142,6 +142,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
     optimizers = build_optimizers(task.model, config, task.layer_decay)
     average = copy.deepcopy(task.model).requires_grad_(False) if config.ema_decay else None
+    move_average = get_ema_multi_avg_fn(config.ema_decay)
     judged = task.model if average is None else average
     position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
     position |= {"best_epoch": 0, "best": {}, "train": {}}
@@ -173,8 +174,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if average is not None:
-            _update_average(average, task.model, config.ema_decay)
+        if average is not None:  # moves exponentially (Polyak and Juditsky 1992)
+            move_average(list(average.parameters()), list(task.model.parameters()), 1)
 
     def gradients_and_update(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
         values = gradients(*batch)
@@ -309,12 +310,6 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 def _stale(position: dict[str, Any], per_epoch: int, patience: int) -> bool:
     """Whether validation has not improved for `patience` whole epochs."""
     return patience > 0 and position["step"] // per_epoch - position["best_epoch"] >= patience
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the weights (Polyak and Juditsky 1992)."""
-    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 1)
 
 
 def _top_rate(optimizers: Any) -> float:
