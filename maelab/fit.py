@@ -35,6 +35,7 @@ FILES = (  # all that a fit writes; the plan goes last
     folders.LOCK, PLAN,
 )  # fmt: skip
 _TO_SPEND = 0.85  # of the time left: rates vary while others use the machine
+_FEW = 30  # test images, below which nothing is said
 _LONGEST = 60 * 24 * 365  # minutes
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
@@ -68,7 +69,10 @@ def fit(
         The content of fit.json: "fit", "found", "plan", "pretrain" (run folder and masked_mse), "reconstruction" (a
         picture), "report", "model" (what `maelab predict` takes, None without classes), "verdict", "next"; and with
         classes "val" and "test" ("images", "pretrained", "scratch": accuracies), "difference" of the test accuracies,
-        its "standard_error", "beyond_noise" (more than two of those), and "confused" pairs of classes on test.
+        its "standard_error", "beyond_noise" (more than two of those), "confused" pairs of classes on test, and of the
+        chosen model on test "accuracy", "balanced_accuracy" (mean recall), "recall" of each class, "majority" (the
+        commonest class, and the accuracy of always naming it), "uneven" (one class has over twice another's images) and
+        "better_than_guessing" (None below 30 test images).
 
     Raises:
         UsageError, RunError: see maelab.errors.
@@ -313,6 +317,7 @@ def _judge(
         f"The autoencoder rebuilds hidden patches with an error of {error:.3f} on validation images, guessing the mean"
         f" image has {trivial:.3f}."
     )
+    rebuilt += " So it has learned nothing of use." if error >= trivial else ""
     if "finetune" not in plan:
         encoder = shell_word(str(out / "pretrain"))
         why = "has only one class" if found.classes else "has no classes"
@@ -347,7 +352,43 @@ def _judge(
         "model": str(out / stage),
         "next": f"maelab predict {shell_word(str(out / stage))} IMAGE...",
     }
-    return result | {"verdict": f"{_verdict(result, found, plan)} {rebuilt}"}
+    result |= _beside_guessing(confusion, names)
+    return result | {"verdict": f"{_usefulness(result)} {_verdict(result, found, plan)} {rebuilt}"}
+
+
+def _beside_guessing(confusion: torch.Tensor, names: list[str]) -> dict[str, Any]:
+    """What counts (true, guessed) on test say of a model beside always naming the commonest class there."""
+    of, right = confusion.sum(dim=1), confusion.diag()
+    n, most = int(of.sum()), int(of.argmax())
+    gained, lost = (
+        int(right.sum() - right[most]),
+        int(of[most] - right[most]),
+    )  # images, where only one of them is right
+    return {
+        "accuracy": int(right.sum()) / n,
+        "balanced_accuracy": float((right[of > 0] / of[of > 0]).mean()),
+        "uneven": bool(of.max() > 2 * of[of > 0].min()),
+        "recall": {name: int(right[k]) / int(of[k]) for k, name in enumerate(names) if of[k]},
+        "majority": {"class": names[most], "accuracy": int(of[most]) / n},
+        # two standard errors of the difference, by McNemar (1947); nothing is said of a handful
+        "better_than_guessing": None if n < _FEW else gained - lost > 2 * math.sqrt(gained + lost),
+    }
+
+
+def _usefulness(result: dict[str, Any]) -> str:
+    """Whether the model is any good."""
+    n, better, majority = result["test"]["images"], result["better_than_guessing"], result["majority"]
+    said = f"The model is right on {result['accuracy']:.1%} of {n} test images"
+    said += f"; always saying {majority['class']} would be right on {majority['accuracy']:.1%}."
+    if better is None:
+        said += f" {n} test images are too few to say whether it is any good: {_FEW} are the least."
+    elif not better:
+        said += " That is no better than guessing."
+    if result["uneven"]:
+        worst = min(result["recall"], key=result["recall"].__getitem__)
+        said += f" Classes are uneven; each counted alike, it is right on {result['balanced_accuracy']:.1%}"
+        said += f", least on {worst}: {result['recall'][worst]:.1%}."
+    return said
 
 
 def _variance(accuracy: float, n: int) -> float:

@@ -89,7 +89,8 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     best = max(stages, key=lambda s: (stages[s]["val"]["accuracy"], -stages[s]["val"]["loss"]))
     assert result["model"] == f"runs/fit-photos/{best}"
     assert f"on test (n = {n})" in result["verdict"] and "within the noise" in result["verdict"]
-    assert result["verdict"].startswith("Pretraining made no clear difference on test")
+    assert result["verdict"].startswith("The model is right on ")
+    assert ". Pretraining made no clear difference on test" in result["verdict"]
     assert "held out of your images by their content" in result["verdict"]
     page = (out / "report.html").read_text()
     assert "3 finished runs (1 pretraining, 2 fine-tuning)" in page

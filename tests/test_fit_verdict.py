@@ -94,6 +94,35 @@ def test_every_number_of_a_verdict_comes_from_its_place(tmp_path, capsys):
     assert "give more --minutes" not in result["verdict"] and "could not be drawn" in capsys.readouterr().err
 
 
+def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
+    """The commonest class is the cat: 190 of 200 images, 12 of 20, or a third."""
+
+    def begins(confusion: list[list[int]]) -> tuple[bool | None, str]:
+        result = judge(outcome(0.8, 0.5, confusion), outcome(0.7, 0.5, confusion), tmp_path)
+        assert result["accuracy"] == pytest.approx(sum(confusion[k][k] for k in range(3)) / sum(map(sum, confusion)))
+        return result["better_than_guessing"], result["verdict"].split(" Pretraining ")[0]
+
+    better, said = begins([[190, 0, 0], [5, 1, 0], [4, 0, 0]])
+    assert better is False and said == (
+        "The model is right on 95.5% of 200 test images; always saying cat would be right on 95.0%. That is no better"
+        " than guessing. Classes are uneven; each counted alike, it is right on 38.9%, least on ship: 0.0%."
+    )
+    better, said = begins([[10, 2, 0], [0, 4, 0], [0, 0, 4]])
+    assert better is None and "20 test images are too few to say whether it is any good: 30 are the least." in said
+    assert begins([[30, 2, 2], [1, 30, 2], [2, 1, 30]]) == (
+        True, "The model is right on 90.0% of 100 test images; always saying cat would be right on 34.0%."
+    )  # fmt: skip
+    # 9 images gained and 1 lost are beyond two standard errors, 5 gained and 1 lost are not
+    assert begins([[49, 1, 0], [41, 9, 0], [0, 0, 0]])[0] and not begins([[49, 1, 0], [45, 5, 0], [0, 0, 0]])[0]
+
+
+def test_an_autoencoder_worse_than_the_mean_is_called_that(tmp_path):
+    pretrain = {"val": {"masked_mse": 0.5}, "mean_predictor_loss": 0.5}
+    results = {"pretrain": pretrain, "finetune": outcome(0.7, 1, counts(9)), "scratch": outcome(0.7, 1, counts(9))}
+    said = fit._judge(found(), PLAN, tmp_path, results, RunOptions())["verdict"]
+    assert said.endswith("guessing the mean image has 0.500. So it has learned nothing of use.")
+
+
 def test_the_model_is_chosen_by_validation_whatever_the_test_says(tmp_path):
     better, worse = counts(40), counts(300)
     result = judge(outcome(0.7, 0.1, better), outcome(0.8, 0.9, worse), tmp_path)
