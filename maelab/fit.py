@@ -317,7 +317,7 @@ def _judge(
         f"The autoencoder rebuilds hidden patches with an error of {error:.3f} on validation images, guessing the mean"
         f" image has {trivial:.3f}."
     )
-    rebuilt += " So it has learned nothing of use." if error >= trivial else ""
+    rebuilt += " So it is no better than the mean image." if error >= trivial else ""
     if "finetune" not in plan:
         encoder = shell_word(str(out / "pretrain"))
         why = "has only one class" if found.classes else "has no classes"
@@ -360,10 +360,7 @@ def _beside_guessing(confusion: torch.Tensor, names: list[str]) -> dict[str, Any
     """What counts (true, guessed) on test say of a model beside always naming the commonest class there."""
     of, right = confusion.sum(dim=1), confusion.diag()
     n, most = int(of.sum()), int(of.argmax())
-    gained, lost = (
-        int(right.sum() - right[most]),
-        int(of[most] - right[most]),
-    )  # images, where only one of them is right
+    gained, lost = int(right.sum() - right[most]), int(of[most] - right[most])  # where only one of them is right
     return {
         "accuracy": int(right.sum()) / n,
         "balanced_accuracy": float((right[of > 0] / of[of > 0]).mean()),

@@ -120,7 +120,7 @@ def test_an_autoencoder_worse_than_the_mean_is_called_that(tmp_path):
     pretrain = {"val": {"masked_mse": 0.5}, "mean_predictor_loss": 0.5}
     results = {"pretrain": pretrain, "finetune": outcome(0.7, 1, counts(9)), "scratch": outcome(0.7, 1, counts(9))}
     said = fit._judge(found(), PLAN, tmp_path, results, RunOptions())["verdict"]
-    assert said.endswith("guessing the mean image has 0.500. So it has learned nothing of use.")
+    assert said.endswith("guessing the mean image has 0.500. So it is no better than the mean image.")
 
 
 def test_the_model_is_chosen_by_validation_whatever_the_test_says(tmp_path):

@@ -175,7 +175,8 @@ def walk(folder: Path) -> Iterator[Path]:
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
         folders[:] = [real[path] for path in real if path not in seen]
         seen |= real.keys()
-        yield from (path for name in names if not _passed_over(name) and (path := Path(place, name)).is_file())
+        paths = (Path(place, name) for name in sorted(names) if not _passed_over(name))
+        yield from filter(Path.is_file, paths)
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
