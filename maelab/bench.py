@@ -441,7 +441,7 @@ def time_to_goal(device: Literal["cpu", "cuda"], threads: int) -> dict[str, Any]
     times = [row["seconds"] for row in rows if row["split"] == "train" and row["epoch"] in good]
     return {
         "name": QUICKSTART, "pretraining_s": before["train_time_s"], "finetuning_s": after["train_time_s"],
-        "seconds_to_goal": round(before["train_time_s"] + min(times), 1) if times else None,
+        "seconds_to_goal": round(before["train_time_s"] + min(times), 2) if times else None,
         "val_accuracy": after["val"]["accuracy"], "test_accuracy": after["test"]["accuracy"], "limits": {},
     }  # fmt: skip
 
