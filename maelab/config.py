@@ -14,6 +14,23 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from maelab.errors import UsageError
 
+Resize = Literal["crop", "pad", "squash"]
+ValueRange = tuple[tuple[float, float], ...]  # (low, high) of all channels together, or of each
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a folder become images and labels. A model keeps it, for the images that it is asked about."""
+
+    resize: Resize = "crop"
+    """how an image comes to its size; see `maelab.data.decode.to_size`"""
+    value_range: ValueRange | None = None
+    """what is stretched to 8 bits where numbers have more; None: to be found, or of a model, that it saw no such"""
+
+
+AS_IT_IS = Reading()
+
+
 LARGEST = {  # of the numbers that build a model; what is beyond them takes minutes to build or refuse
     "depth": 1_000, "decoder_depth": 1_000, "embed_dim": 2**16, "decoder_embed_dim": 2**16, "num_heads": 2**12,
     "decoder_num_heads": 2**12, "patch_size": 2**12, "mlp_ratio": 2**8,
@@ -145,6 +162,14 @@ class DataConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingConfig(_Config):
+    """How the files of a folder become images and labels."""
+
+    resize: Resize = "crop"
+    """how a folder's image comes to the size: crop cuts off what exceeds it, pad puts black around, squash distorts"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig(_Config):
     """What the training loop reads."""
 
@@ -235,7 +260,7 @@ class Augment(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
+class PretrainConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataConfig):
     """Pretrain a masked autoencoder on images; labels, if there are any, serve only to follow k-NN accuracy."""
 
     mask_ratio: float = 0.75
@@ -253,7 +278,7 @@ class PretrainConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, DataConfig):
+class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataConfig):
     """Train a classifier, from a pretrained encoder or from scratch."""
 
     init: str = "none"

@@ -92,14 +92,16 @@ def export(
     return result
 
 
-def _preprocessing(model: VisionTransformer) -> dict[str, Any]:
+def _preprocessing(model: VisionTransformer, spec: ModelSpec) -> dict[str, Any]:
     """What an image goes through first: see `maelab.data.decode`."""
     height, width = model.img_size
     return {
         "channels": model.in_chans,
         "height": height,
         "width": width,
-        "resize": "bicubic until the image covers this size, then crop the centre",
+        "value_range": spec.reading.value_range,  # (low, high) become 0 and 255 first, where numbers have over 8 bits
+        "resize": spec.reading.resize,
+        "resample": "bicubic, antialiased",
         "scale": "pixel / 127.5 - 1",
     }
 
@@ -187,11 +189,12 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
+    square = height == width and spec.reading.resize == "crop"
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": height} if height == width else {"height": height, "width": width},
-        "do_center_crop": height == width,
+        "size": {"shortest_edge": height} if square else {"height": height, "width": width},
+        "do_center_crop": square,
         "crop_size": {"height": height, "width": width},
         "resample": 3,  # bicubic
         "do_rescale": True,
@@ -253,7 +256,11 @@ def _to_onnx(
         )  # fmt: skip
         expected = network(images).numpy()
     assert program is not None
-    about = {"class_names": spec.class_names, "preprocessing": _preprocessing(model), "maelab": maelab.__version__}
+    about = {
+        "class_names": spec.class_names,
+        "preprocessing": _preprocessing(model, spec),
+        "maelab": maelab.__version__,
+    }
     proto = program.model_proto  # made anew at each look
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
     content = proto.SerializeToString()

@@ -87,9 +87,9 @@ def optional(failure: str) -> Iterator[None]:
 
 
 def to_picture(image: Any) -> np.ndarray:
-    """(C, H, W) in [-1, 1] -> (H, W, 3) in [0, 1]."""
+    """(C, H, W) in [-1, 1] -> (H, W, 3) in [0, 1]: of many channels the first three, of two the first."""
     picture = np.clip((np.asarray(image, dtype=np.float32) + 1) / 2, 0, 1).transpose(1, 2, 0)
-    return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture[:, :, :3]
+    return picture[:, :, :3] if picture.shape[2] > 2 else np.repeat(picture[:, :, :1], 3, axis=2)
 
 
 def _mosaic(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, list[float], list[float]]:

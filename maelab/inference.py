@@ -144,11 +144,15 @@ def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.
 
 
 def caption(model: MaskedAutoencoderViT, hidden: int, error: float, visible_mean: float | None = None) -> str:
-    """What to write over reconstructions: how many patches were hidden, the error, that of `visible_mean_mse`, and what
-    `denormalise` took."""
+    """What to write over reconstructions: how many patches were hidden, the error, that of `visible_mean_mse`, what
+    `denormalise` took, and which channels a picture shows."""
     text = f"{hidden} of {model.num_patches} patches hidden, masked MSE {error:.4f}"
     text += f", mean of the visible pixels {visible_mean:.4f}" if visible_mean is not None else ""
-    return text + " (with the true mean and deviation of each patch)" * model.norm_pix_loss
+    text += " (with the true mean and deviation of each patch)" * model.norm_pix_loss
+    if model.in_chans in (1, 3):
+        return text
+    shown = "channels 1, 2 and 3" if model.in_chans > 3 else "channel 1"
+    return f"{text}; {shown} of {model.in_chans} shown as colours"
 
 
 @torch.no_grad()

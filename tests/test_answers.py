@@ -13,7 +13,7 @@ import torch
 from small_sets import MNIST, publish_small_sets
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import AS_IT_IS, RunOptions
 from maelab.data import ImageSet, load
 from maelab.data.batches import scale
 from maelab.data.images import read_all
@@ -95,7 +95,7 @@ def test_predictions_are_those_of_each_image_alone(top, batch_size, work, digits
     for path, entry in zip(inputs, found, strict=True):
         if "error" in entry:
             continue
-        shares = class_probabilities(model, ImageSet(read_all([path], (28, 28), 1), None))[0].tolist()
+        shares = class_probabilities(model, ImageSet(read_all([path], (28, 28), 1, AS_IT_IS), None))[0].tolist()
         expected = sorted(zip(shares, "0123456789", strict=True), reverse=True)[:top]
         assert [guess["label"] for guess in entry["top"]] == [name for _, name in expected]
         assert [guess["probability"] for guess in entry["top"]] == pytest.approx(
@@ -112,7 +112,7 @@ def test_a_gallery_shows_the_first_64_with_their_own_probabilities(work, digits,
     list(predict(work / "classifier", chosen, batch_size=30, gallery=tmp_path / "g.png", options=CPU))
     assert [len(images) for _, images, *_ in drawn] == [30, 60, 64] and predicting.PICTURED == 64
     file, images, labels, probabilities, names = drawn[-1]
-    pixels = read_all(chosen[:64], (28, 28), 1)
+    pixels = read_all(chosen[:64], (28, 28), 1, AS_IT_IS)
     assert file == tmp_path / "g.png" and labels is None and names == tuple("0123456789")
     assert torch.equal(images, scale(pixels))
     expected = class_probabilities(model_of(work / "classifier"), ImageSet(pixels, None))
@@ -225,7 +225,7 @@ def test_attention_draws_the_last_block_and_then_the_rollout(run, work, digits, 
     chosen = digits[::70]
     said = attention(work / run, chosen, out=tmp_path / "a.png", options=CPU)
     ((_, [(_, x, last, rolled)], names, titles),) = drawn
-    model, pixels = model_of(work / run), read_all(chosen, (28, 28), 1)
+    model, pixels = model_of(work / run), read_all(chosen, (28, 28), 1, AS_IT_IS)
     with torch.no_grad():
         maps = attention_maps(model, scale(pixels))
         of_last = attention_to_patches(model, maps[-1].mean(dim=1))

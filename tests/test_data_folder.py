@@ -120,7 +120,7 @@ def test_one_colour_image_makes_three_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"in_chans": 2}, "in_chans is 2"), ({"img_size": (0, 8)}, "img-size")]
+    ("options", "message"), [({"in_chans": 2}, "has not 2 channels"), ({"img_size": (0, 8)}, "img-size")]
 )
 def test_impossible_options(options: dict, message: str, tmp_path: Path) -> None:
     save(tmp_path / "x.png")

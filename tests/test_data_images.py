@@ -19,7 +19,7 @@ from maelab.errors import UsageError
         (b"\n \n", "its lines have no cells or different numbers of them"),
         (b"00\n00\n", "hides no patch"),
         (b"11\n11\n", "hides every patch"),
-        (b"1 2\n0 0\n", "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image"),
+        (b"1 2\n0 0\n", "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF, HEIF image"),
         (b"", "empty"),
     ],
 )

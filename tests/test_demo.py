@@ -8,7 +8,7 @@ import signal
 import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -108,20 +108,20 @@ def test_uploads_become_small_upright_rgb_or_one_clear_line():
         image.save(file, kind, **more)
         return file.getvalue()
 
-    image = logic.read_upload(sent(Image.new("RGBA", (1024, 256), (255, 0, 0, 128)), "PNG"))
+    image = logic.read_upload(sent(Image.new("RGBA", (1024, 256), (255, 0, 0, 128)), "PNG"), None)
     assert (image.mode, image.size) == ("RGB", (512, 128))
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    assert logic.read_upload(sent(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
+    assert logic.read_upload(sent(Image.new("RGB", (40, 20)), "JPEG", exif=exif), None).size == (20, 40)
     whole = sent(Image.effect_noise((64, 64), 90), "PNG")
     for content, why in (
         (b"", "empty"),
-        (b"GIF89a not", "no PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image"),
+        (b"GIF89a not", "no PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF, HEIF image"),
         (whole[: len(whole) // 2], "cannot read the image"),
         (sent(Image.new("1", (20_000, 10_000)), "PNG"), "more than 89 megapixels"),
     ):
         with pytest.raises(UsageError, match=why) as caught:
-            logic.read_upload(content)
+            logic.read_upload(content, None)
         assert "\n" not in str(caught.value)
 
 
@@ -145,11 +145,11 @@ def test_examples_come_from_named_files_or_the_package_or_the_disk_and_from_no_n
 
 def test_a_model_gets_its_own_size_and_channels(models, cifar_small):
     colours = Image.fromarray(cifar_small.test.images[0].permute(1, 2, 0).numpy())
-    fitted = logic.fit(models[0].model, colours)
+    fitted = logic.fit(models[0], colours)
     assert fitted.shape == (1, 1, 28, 28) and fitted.dtype == torch.uint8
     wide = VisionTransformer(img_size=(16, 32), patch_size=8, embed_dim=8, depth=1, num_heads=1)
-    assert logic.fit(wide, colours).shape == (1, 3, 16, 32)
-    exact = logic.fit(models[0].model, Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28)))
+    assert logic.fit(replace(models[0], model=wide), colours).shape == (1, 3, 16, 32)
+    exact = logic.fit(models[0], Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28)))
     assert exact.flatten().tolist() == [i % 256 for i in range(784)]
 
 
@@ -179,7 +179,7 @@ def test_rebuilding_agrees_with_the_command_and_says_what_it_cannot(models, digi
     mae = models[0]
     mask = logic.choose_mask("random", (4, 4), 0.5, 0)
     rebuilt = logic.rebuild(mae, digit, mask)
-    x = scale(logic.fit(mae.model, digit))
+    x = scale(logic.fit(mae, digit))
     assert isinstance(mae.model, MaskedAutoencoderViT)
     _, expected, error = reconstruct_images(mae.model, x, mask)
     assert rebuilt.masked_mse == error and rebuilt.picture.equal(expected[0])

@@ -43,7 +43,7 @@ def digit(mnist_small) -> Image.Image:
 @pytest.mark.parametrize("classes", [3, 9, 10, 11, 30])
 def test_up_to_ten_classes_come_in_their_order_and_more_by_their_share(classes, digit):
     chosen = loaded(VisionTransformer, num_classes=classes)
-    shares = class_probabilities(chosen.model, ImageSet(logic.fit(chosen.model, digit), None))[0].tolist()
+    shares = class_probabilities(chosen.model, ImageSet(logic.fit(chosen, digit), None))[0].tolist()
     pairs = [(f"class {i}", share) for i, share in enumerate(shares)]
     expected = pairs if classes <= 10 else sorted(pairs, key=lambda pair: pair[1], reverse=True)[:10]
     found = logic.guess(chosen, digit)
@@ -54,7 +54,7 @@ def test_up_to_ten_classes_come_in_their_order_and_more_by_their_share(classes, 
 
 def test_a_look_is_at_the_last_block_or_through_all_of_them(digit):
     chosen = loaded(VisionTransformer, num_classes=3)
-    x = scale(logic.fit(chosen.model, digit))
+    x = scale(logic.fit(chosen, digit))
     with torch.no_grad():
         maps = attention_maps(chosen.model, x)
     pictures = []
@@ -71,7 +71,7 @@ def test_the_picture_of_errors_is_the_root_of_their_share(digit):
     assert isinstance(chosen.model, MaskedAutoencoderViT)
     mask = torch.zeros(1, 16)
     mask[0, [1, 6, 7, 12]] = 1
-    x = scale(logic.fit(chosen.model, digit))
+    x = scale(logic.fit(chosen, digit))
     _, rebuilt, error = reconstruct_images(chosen.model, x, mask)
     found = logic.rebuild(chosen, digit, mask)
     torch.testing.assert_close(found.picture, rebuilt[0])

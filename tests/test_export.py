@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from maelab import __version__
 from maelab.cli import main
+from maelab.config import AS_IT_IS
 from maelab.data.batches import scale
 from maelab.data.images import read_all
 from maelab.errors import MaelabError, RunError
@@ -109,7 +110,7 @@ def test_images_are_prepared_alike(tmp_path, cifar_folder):
     for size, tolerance in (((28, 28), 1e-6), ((64, 64), 1e-6), ((90, 50), 0.1)):
         image.resize(size).save(tmp_path / "image.png")
         found = theirs(Image.open(tmp_path / "image.png"), return_tensors="pt")["pixel_values"]
-        ours = scale(read_all([tmp_path / "image.png"], (28, 28), 3))
+        ours = scale(read_all([tmp_path / "image.png"], (28, 28), 3, AS_IT_IS))
         torch.testing.assert_close(found, ours, rtol=0, atol=tolerance)
 
 
@@ -278,7 +279,7 @@ def test_serving_without_torch(name, exported, digits_folder):
         runpy.run_path({str(ROOT / "examples" / "serve_onnx.py")!r}, run_name="__main__")"""
     done = subprocess.run([sys.executable, "-c", code], env=environment(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    logits = torch.from_numpy(answer(folder / f"{name}.onnx", "logits", scale(read_all(files, (28, 28), 1))))
+    logits = torch.from_numpy(answer(folder / f"{name}.onnx", "logits", scale(read_all(files, (28, 28), 1, AS_IT_IS))))
     for file, odds, line in zip(files, logits.softmax(dim=1), done.stdout.splitlines(), strict=True):
         assert line == f"{file}\t{int(odds.argmax())}\t{float(odds.max()):.4f}"
 

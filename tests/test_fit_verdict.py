@@ -262,8 +262,8 @@ def test_stages_share_seed_split_and_shape(planned, cifar_folder):
 
 
 def test_a_plan_keeps_grey_images_as_they_are(planned):
-    for modes, mirrored in (({"L": 200}, False), ({"RGB": 200}, True)):
-        plan = planned(8.0, modes=modes)
+    for channels, mirrored in ((1, False), (3, True)):
+        plan = planned(8.0, channels=channels)
         assert plan["pretrain"]["flip"] is plan["finetune"]["flip"] is mirrored
 
 

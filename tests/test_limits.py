@@ -11,8 +11,9 @@ from PIL import Image, ImageOps
 from small_sets import CIFAR, MNIST, MNIST_GZ, publish_small_sets
 from test_augment import noise, to_pillow
 
-from maelab.config import BlocksConfig, DataConfig
+from maelab.config import AS_IT_IS, BlocksConfig, DataConfig, Reading
 from maelab.data import Dataset, ImageSet, label_fraction, limit, load, split, training_sets
+from maelab.data.decode import FULL_16_BITS
 from maelab.data.images import read_batches, read_mask
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.optim import build_optimizers
@@ -106,7 +107,8 @@ def test_images_are_made_smaller_bicubically_around_their_centre(tmp_path):
 def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     values = np.array([[0, 128, 129, 256], [257, 385, 386, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")
-    assert load(f"folder:{tmp_path}").train.images[0, 0].tolist() == [[0, 0, 1, 1], [1, 1, 2, 255]]
+    data = load(f"folder:{tmp_path}", reading=Reading(value_range=FULL_16_BITS))
+    assert data.train.images[0, 0].tolist() == [[0, 0, 1, 1], [1, 1, 2, 255]]
 
 
 def test_images_between_one_and_two_times_pillows_limit_are_refused_too(tmp_path):
@@ -121,7 +123,7 @@ def test_images_between_one_and_two_times_pillows_limit_are_refused_too(tmp_path
     Image.new("L", (8, 8)).save(tmp_path / "y.png")
     data = load(f"folder:{tmp_path}", img_size=(8, 8), in_chans=1)
     assert len(data.train) == 1 and data.skipped[0].startswith("x.png (more than 89 megapixels")
-    ((_, problem), (_, image)) = next(read_batches([tmp_path / "x.png", tmp_path / "y.png"], (8, 8), 1, 8))
+    ((_, problem), (_, image)) = next(read_batches([tmp_path / "x.png", tmp_path / "y.png"], (8, 8), 1, AS_IT_IS, 8))
     assert (
         isinstance(problem, str) and problem.startswith("more than 89 megapixels") and isinstance(image, torch.Tensor)
     )

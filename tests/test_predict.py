@@ -18,6 +18,7 @@ from processes import Maelab
 
 from maelab.config import RunOptions
 from maelab.data import ImageSet, load
+from maelab.data.layout import SUFFIXES
 from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, extract_features
 from maelab.tasks.features import features as write_features
@@ -95,10 +96,10 @@ def test_json_has_one_entry_per_input_in_order(work, maelab: Maelab):
     assert key == "predictions" and not rest
     errors = {
         "empty.png": "empty",
-        "void": "a folder without images (.png, .jpg, .jpeg, .jfif, .webp, .bmp, .gif, .tif, .tiff, .avif)",
+        "void": f"a folder without images ({', '.join(SUFFIXES)})",
         "nowhere.png": "No such file or directory",
         "*.gif": "matches no file",
-        "text.png": "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF image",
+        "text.png": "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF, HEIF image",
         "cut.png": "image file is truncated",
     }
     order = ["./photo.jpg", "empty.png", *DIGITS, "void", "nowhere.png", *DIGITS[3:5], "*.gif", "text.png", "cut.png"]

@@ -75,6 +75,7 @@ PROBE = ProbeConfig(init="", **_PROBE)
 # Field -> what it is changed to; with a second entry, what else both runs have, without which the field means nothing.
 Change = tuple[Any] | tuple[Any, dict[str, Any]]
 DATA: dict[str, Change] = {"val_fraction": (0.4,), "split_seed": (1,), "limit": (20,)}
+READING: dict[str, Change] = {"resize": ("squash", {"img_size": (8, 16)})}
 LOOP: dict[str, Change] = {
     "seed": (1,), "epochs": (3,), "batch_size": (8,), "blr": (2e-2,), "weight_decay": (5.0,), "beta2": (0.5,),
     "warmup_epochs": (1.0,), "clip_grad": (1e-3,), "ema_decay": (0.9,), "precision": ("bf16",),
@@ -90,11 +91,11 @@ AUGMENT: dict[str, Change] = {
     "rand_augment_ops": (2,), "rand_augment_magnitude": (1.0, {"rand_augment_ops": 2}), "random_erasing": (0.9,),
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Change]] = {
-    "pretrain": DATA | LOOP | MUON | SHAPE | AUGMENT | {
+    "pretrain": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
         "mask_ratio": (0.5,), "norm_pix_loss": (True,), "decoder_embed_dim": (24,), "decoder_depth": (2,),
         "decoder_num_heads": (1,), "knn_every": (2,),
     },
-    "finetune": DATA | LOOP | MUON | SHAPE | AUGMENT | {
+    "finetune": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
         "init": ("mae",), "adapt_patch_embed": ("reinit", {"init": "grey"}),
         "adapt_pos_embed": ("reinit", {"init": "mae", "img_size": (16, 16), "learned_pos_embed": True}),
         "label_fraction": (0.5,), "global_pool": ("token",), "layer_decay": (0.3,), "drop_path": (0.5,),

@@ -1,6 +1,6 @@
 """Data: download and verify (sources), load and split (datasets, splits, folder)."""
 
-from maelab.data.datasets import label_fraction, limit, load, split, training_sets
+from maelab.data.datasets import label_fraction, limit, load, reading_of, split, training_sets
 from maelab.data.sets import Dataset, ImageSet
 from maelab.data.sources import NAMES, obtain
 from maelab.data.splits import compare_images
@@ -14,6 +14,7 @@ __all__ = [
     "limit",
     "load",
     "obtain",
+    "reading_of",
     "split",
     "training_sets",
 ]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from maelab.config import Reading
 from maelab.data.decode import decode_each
 from maelab.data.layout import File, fingerprint_of
 from maelab.data.sources import cache_dir
@@ -22,11 +23,17 @@ _LARGEST_NOTE = 2**30  # bytes; an image takes about 40
 
 
 def read_cached(
-    listed: list[File], files: list[File], root: Path, shape: tuple[int, int, int], skipped: list[str]
+    listed: list[File],
+    files: list[File],
+    root: Path,
+    shape: tuple[int, int, int],
+    reading: Reading,
+    skipped: list[str],
 ) -> tuple[np.memmap, list[File], list[bytes], str]:
     """All images from their file in the cache, decoded into it if they have changed since, or never were.
 
-    The file's name depends on `fingerprint_of` and shape; an older one of the same folder and shape is removed. Two
+    The file's name depends on `fingerprint_of`, shape and reading; an older one of the same folder, shape and resizing
+    is removed. Two
     processes wait for each other; a reader whose file is removed keeps it until its end.
 
     Args:
@@ -39,8 +46,9 @@ def read_cached(
 
     folder = cache_dir() / "folders"
     fingerprint = fingerprint_of(listed, root)
-    about = {"folder": str(root.resolve()), "shape": list(shape)}
-    name = hashlib.sha256(f"{about} {fingerprint}".encode(errors="surrogateescape")).hexdigest()[:32]
+    about = {"folder": str(root.resolve()), "shape": list(shape), "resize": reading.resize}
+    name = f"{about} {reading.value_range} {fingerprint}".encode(errors="surrogateescape")
+    name = hashlib.sha256(name).hexdigest()[:32]
     pixels, note = folder / f"{name}.uint8", folder / f"{name}.json"
     try:
         make_folder(folder)
@@ -52,7 +60,8 @@ def read_cached(
                         old.unlink()
                         old.with_suffix(".uint8").unlink(missing_ok=True)
                 place = {file: i for i, file in enumerate(listed)}
-                known = {**about, "fingerprint": fingerprint, **_decode_into(pixels, files, place, root, shape)}
+                decoded = _decode_into(pixels, files, place, root, shape, reading)
+                known = {**about, "fingerprint": fingerprint, **decoded}
                 part = note.with_suffix(".part")
                 part.write_text(json.dumps(known))
                 os.replace(part, note)
@@ -113,7 +122,7 @@ def _sample(pixels: Path, n: int, size: int) -> str:
 
 
 def _decode_into(
-    pixels: Path, files: list[File], place: dict[File, int], root: Path, shape: tuple[int, int, int]
+    pixels: Path, files: list[File], place: dict[File, int], root: Path, shape: tuple[int, int, int], reading: Reading
 ) -> dict[str, Any]:
     """Decode all images into one file, put in place when it is whole.
 
@@ -134,7 +143,7 @@ def _decode_into(
     digest, part = hashlib.md5(usedforsecurity=False), pixels.with_suffix(".part")
     try:
         with open(part, "wb") as out:
-            for file, (image, key) in decode_each(files, shape[1:], shape[0], root, skipped):
+            for file, (image, key) in decode_each(files, shape[1:], shape[0], reading, root, skipped):
                 content = image.tobytes()
                 digest.update(content)
                 out.write(content)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from maelab.config import DataConfig
+from maelab.config import AS_IT_IS, DataConfig, Reading, ReadingConfig
 from maelab.data import formats, sources
 from maelab.data.folder import load_folder
 from maelab.data.sets import Dataset, ImageSet, MappedImages
@@ -24,12 +24,18 @@ FASHION_CLASSES = (
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
+def reading_of(config: ReadingConfig) -> Reading:
+    """How a run reads the files of its folder; the range of values is to be found."""
+    return Reading(config.resize)
+
+
 def load(
     spec: str,
     *,
     data_dir: Path | None = None,
     img_size: tuple[int, int] | None = None,
     in_chans: int | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> Dataset:
     """Load a whole data set into memory, after downloading and verifying it if it must be.
 
@@ -38,11 +44,12 @@ def load(
         data_dir: folder that already holds the files of a built-in set (nothing is downloaded then).
         img_size: (height, width) to bring the images to; None keeps a built-in set's own (28 x 28, 32 x 32), or for a
             folder what `maelab.data.folder.load_folder` finds.
-        in_chans: channels (1 or 3) for the images of a folder; built-in sets keep their own.
+        in_chans: channels for the images of a folder; built-in sets keep their own.
+        reading: how the files of a folder become images and labels.
     Raises: UsageError (unknown spec, unusable folder), RunError (no source delivered, too large for memory).
     """
     if spec.startswith("folder:"):
-        return load_folder(spec, img_size=img_size, in_chans=in_chans)
+        return load_folder(spec, img_size=img_size, in_chans=in_chans, reading=reading)
     if spec not in sources.NAMES:
         raise UsageError(f"there is no data set {spec!r}; {_nearest(spec)}")
     data = _load_built_in(spec, data_dir)

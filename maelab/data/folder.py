@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import cast
@@ -18,9 +18,28 @@ from typing import cast
 import numpy as np
 import torch
 
+from maelab.config import AS_IT_IS, Reading, ValueRange
 from maelab.data.cache import cached_keys, read_cached
-from maelab.data.decode import GREY_MODES, Header, decode_each, each, read_header
-from maelab.data.layout import SUFFIXES, describe_copies, find_root, fingerprint_of, list_files, share_out, walk
+from maelab.data.decode import (
+    RANGE_IMAGES,
+    RANGE_PERCENTILES,
+    Header,
+    decode_each,
+    each,
+    find_value_range,
+    read_header,
+)
+from maelab.data.layout import (
+    SUFFIXES,
+    File,
+    describe_copies,
+    find_root,
+    fingerprint_of,
+    list_files,
+    share_out,
+    tested,
+    walk,
+)
 from maelab.data.sets import Dataset, ImageSet, MappedImages
 from maelab.data.splits import content_key, list_of_images
 from maelab.errors import RunError, UsageError
@@ -48,6 +67,7 @@ class Found:
         ignored: suffix -> files that are not looked at.
         notes: what else a person should know of the layout.
         fingerprint: of the names, sizes and times of change of all image files.
+        channels: that the images have for a model.
     """
 
     classes: dict[str, int]
@@ -64,6 +84,7 @@ class Found:
     ignored: dict[str, int]
     notes: tuple[str, ...]
     fingerprint: str
+    channels: int = 3
 
     @property
     def labelled(self) -> int:
@@ -73,7 +94,7 @@ class Found:
     @property
     def grey(self) -> bool:
         """Whether no image has colours."""
-        return self.modes.keys() <= set(GREY_MODES)
+        return self.channels == 1
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -93,6 +114,10 @@ class Found:
         if self.broken:
             named = "; ".join(self.broken[:3]) + ("; ..." if len(self.broken) > 3 else "")
             lines.append(f"unreadable, left out: {len(self.broken)}: {named}")
+        if any(" x " in mode for mode in self.modes):
+            shown = "channels 1, 2 and 3" if self.channels > 2 else "channel 1"
+            said = "channels of an array are on the shorter of its first and last axis, (H, W, C) or (C, H, W)"
+            lines.append(f"{said}: {self.channels} channels; pictures show {shown}")
         if self.animated:
             lines.append(f"of several frames or pages, only the first is used: {self.animated}")
         if self.ignored:
@@ -139,10 +164,17 @@ def scan(spec: str) -> Found:
         ignored=dict(ignored.most_common()),
         notes=notes,
         fingerprint=fingerprint,
+        channels=_channels(headers),
     )
 
 
-def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Dataset:
+def load_folder(
+    spec: str,
+    *,
+    img_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    reading: Reading = AS_IT_IS,
+) -> Dataset:
     """Load the images of "folder:PATH" into memory; the layouts are those of `maelab.data.layout`.
 
     More than half a gigabyte is decoded once into a file in the cache, and read from there a batch at a time.
@@ -150,15 +182,16 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     Args:
         spec: "folder:PATH".
         img_size: (height, width) of the result. Each image is scaled, antialiased, until it covers this size, and
-            cropped around its centre. Default: the size of the images if all have the same and no side exceeds 64;
-            otherwise a square of the median shorter side, at most 224, rounded down to a multiple of 16 (at least 16).
-        in_chans: 1 or 3. Default: 1 if every image is stored as greyscale, otherwise 3.
+            cropped around its centre, unless `reading` says otherwise. Default: the size of the images if all have the
+            same and no side exceeds 64; otherwise a square of the median shorter side, at most 224, rounded down to a
+            multiple of 16 (at least 16).
+        in_chans: channels. Default: those of most arrays that have neither 1 nor 3; without such, 1 if every image is
+            stored as greyscale, otherwise 3.
+        reading: how files become images and labels; a range of values that it lacks is found.
     Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
         than fits into memory).
     """
     root = find_root(spec)
-    if in_chans not in (None, 1, 3):
-        raise UsageError(f"in_chans is {in_chans}; images of a folder can be had with 1 or 3 channels")
     if img_size is not None and min(img_size) < 1:
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
     listed, class_names, given, notes = list_files(root)
@@ -168,10 +201,12 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     files = [file for file, _ in headers]
     height, width = img_size or _default_size([header for _, header in headers])
-    channels = in_chans or (1 if all(header.mode in GREY_MODES for _, header in headers) else 3)
+    channels = in_chans or _channels([header for _, header in headers])
+    if reading.value_range is None:
+        reading = replace(reading, value_range=_find_range(headers, bool(class_names) and not given, channels, root))
     needed, free = len(files) * channels * height * width, _available_memory()
     if mapped := needed > _MAPPED_ABOVE:
-        images, kept, keys, image_md5 = read_cached(listed, files, root, (channels, height, width), skipped)
+        images, kept, keys, image_md5 = read_cached(listed, files, root, (channels, height, width), reading, skipped)
     else:
         if needed > _MEMORY_SHARE * free:
             raise RunError(
@@ -180,7 +215,7 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
             )
         images = np.empty((len(files), channels, height, width), np.uint8)
         kept, keys = [], []
-        for file, (pixels, key) in decode_each(files, (height, width), channels, root, skipped):
+        for file, (pixels, key) in decode_each(files, (height, width), channels, reading, root, skipped):
             images[len(kept)] = pixels
             kept.append(file)
             keys.append(key)
@@ -190,7 +225,7 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
-    for line in (*notes, *describe_copies(parts, kept, root)):
+    for line in (*notes, *_describe_range(reading), *describe_copies(parts, kept, root)):
         print(visible(f"maelab: {line}"), file=sys.stderr)
     train = ~parts.val & ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
@@ -223,7 +258,9 @@ def load_folder(spec: str, *, img_size: tuple[int, int] | None = None, in_chans:
     listing = list_of_images(zip((file.path.relative_to(root) for file in kept), keys, strict=True))
     val, test, unlabelled = part(parts.val), part(parts.test), part(train & ~labelled)
     held_out = bool(class_names) and not given
-    return Dataset(spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val)
+    return Dataset(
+        spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val, reading
+    )
 
 
 def list_folder(spec: str) -> bytes:
@@ -231,6 +268,36 @@ def list_folder(spec: str) -> bytes:
     root = find_root(spec)
     files = list_files(root).files
     return list_of_images((file.path.relative_to(root), content_key(file.path)) for file in files)
+
+
+def _channels(headers: list[Header]) -> int:
+    """Of the model: those of arrays, if there are any with neither 1 nor 3, else 1 for grey images and 3 for others."""
+    counts = Counter(header.channels for header in headers)
+    many = [channels for channels, _ in counts.most_common() if channels not in (1, 3)]
+    return many[0] if many else max(counts)
+
+
+def _find_range(headers: list[tuple[File, Header]], hold_out: bool, channels: int, root: Path) -> ValueRange | None:
+    """The range of the images that have more than 8 bits; None if no image has. Those for testing have no say."""
+    deep = [file for file, header in headers if header.deep]
+    asked = [file for file in deep if file.part == "train"] or deep
+    asked = asked[:: max(1, len(asked) // RANGE_IMAGES)][:RANGE_IMAGES]
+    if hold_out and len(asked) > 1:
+        test = tested([content_key(file.path) for file in asked])
+        asked = [file for file, left_out in zip(asked, test.tolist(), strict=True) if not left_out]
+    return find_value_range(asked, channels, root)
+
+
+def _describe_range(reading: Reading) -> list[str]:
+    if not reading.value_range:
+        return []
+    ranges = ", ".join(f"{low:g} to {high:g}" for low, high in reading.value_range)
+    of = "each channel" if len(reading.value_range) > 1 else "all images"
+    low, high = RANGE_PERCENTILES
+    return [
+        f"numbers of more than 8 bits become 0 to 255 by one range of {of}, which the model keeps: {ranges}"
+        f" (percentiles {low:g} and {high:g} of training images)"
+    ]
 
 
 def _default_size(headers: list[Header]) -> tuple[int, int]:

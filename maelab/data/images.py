@@ -2,7 +2,6 @@
 
 import glob
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from maelab.data.decode import FORMATS, decode, to_eight_bits, why_unreadable
+from maelab.config import Reading
+from maelab.data.decode import FULL_16_BITS, careful, decode, read, why_unreadable
 from maelab.data.layout import SUFFIXES, list_images
 from maelab.errors import UsageError
 
@@ -43,7 +42,7 @@ def find_images(inputs: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def read_batches(
-    inputs: Iterable[str | Path], size: tuple[int, int], channels: int, batch_size: int
+    inputs: Iterable[str | Path], size: tuple[int, int], channels: int, reading: Reading, batch_size: int
 ) -> Iterator[list[tuple[str, torch.Tensor | str]]]:
     """The image files that `inputs` name (see `find_images`), prepared as those of a folder are and decoded in threads,
     so many at a time.
@@ -52,31 +51,29 @@ def read_batches(
         (path, uint8 (channels, *size)), or (path, why it cannot be read) for each file of a batch, in order.
     """
 
-    def read(path: str, reason: str) -> torch.Tensor | str:
+    def attempt(path: str, reason: str) -> torch.Tensor | str:
         if reason or (os.path.exists(path) and not os.path.isfile(path)):  # reading a pipe might wait for ever
             return reason or "not a file"
         try:
-            return torch.from_numpy(decode(Path(path), size, channels).copy())
+            return torch.from_numpy(decode(Path(path), size, channels, reading).copy())
         except Exception as error:  # decoders raise anything on damaged bytes
             return why_unreadable(error, Path(path))
 
     found = find_images(inputs)
     while batch := list(islice(found, batch_size)):
-        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            images = list(pool.map(read, *zip(*batch, strict=True)))
+        with careful(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = list(pool.map(attempt, *zip(*batch, strict=True)))
         yield [(path, image) for (path, _), image in zip(batch, images, strict=True)]
 
 
-def read_all(inputs: Iterable[str | Path], size: tuple[int, int], channels: int) -> torch.Tensor:
+def read_all(inputs: Iterable[str | Path], size: tuple[int, int], channels: int, reading: Reading) -> torch.Tensor:
     """All image files that `inputs` name (see `find_images`): uint8 (N, channels, *size).
 
     Raises:
         UsageError: if one cannot be decoded, or there is none.
     """
     images = []
-    for path, image in (pair for batch in read_batches(inputs, size, channels, 64) for pair in batch):
+    for path, image in (pair for batch in read_batches(inputs, size, channels, reading, 64) for pair in batch):
         if isinstance(image, str):
             raise UsageError(f"cannot read the image {path}: {image}")
         images.append(image)
@@ -106,11 +103,8 @@ def read_mask(path: Path, grid: tuple[int, int], size: tuple[int, int]) -> torch
                 raise ValueError("its lines have no cells or different numbers of them")
             dark = np.array(lines, np.float32)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=FORMATS) as opened:
-                    dark = 1 - np.asarray(to_eight_bits(ImageOps.exif_transpose(opened), 1), np.float32) / 255
+            with careful(), open(path, "rb") as file:
+                dark = 1 - np.asarray(read(file, 1, FULL_16_BITS)[0], np.float32) / 255
     except Exception as error:
         raise UsageError(f"cannot read the mask {path}: {why_unreadable(error, path)}") from error
     if dark.shape not in (grid, size):

@@ -9,6 +9,7 @@ behind are passed over, at every depth. A layout that may be meant otherwise is 
 """
 
 import hashlib
+import importlib.util
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ import torch
 from maelab.data.splits import hold_out
 from maelab.errors import UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+HEIF = importlib.util.find_spec("pillow_heif") is not None
+HEIF_SUFFIXES = (".heic", ".heif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".npy")
+SUFFIXES += HEIF_SUFFIXES * HEIF
 _TEST_FRACTION = 0.1
 _UNLABELLED = ("unlabelled", "unlabeled")
 Part = Literal["train", "val", "test"]
@@ -221,17 +225,26 @@ class Parts(NamedTuple):
     left_out: torch.Tensor
 
 
+def _numbers(keys: list[bytes]) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
+
+
+def tested(keys: list[bytes]) -> torch.Tensor:
+    """Which images are held out for testing wherever no class makes an exception: bool (N,)."""
+    return hold_out(_numbers(keys), None, _TEST_FRACTION, "test")
+
+
 def share_out(files: list[File], keys: list[bytes], class_names: tuple[str, ...], given: bool) -> Parts:
     """Share out the images; `given`: the folder itself says which are for testing."""
-    number = torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
+    number = _numbers(keys)
     labels = torch.tensor([file.label for file in files])
     val, test = (torch.tensor([file.part == part for file in files]) for part in ("val", "test"))
     if class_names and not given:
         free = (labels >= 0) & ~val
         test[free] = hold_out(number[free], labels[free], _TEST_FRACTION, "test")
-    tested = ~test & torch.isin(number, number[test])
-    val &= ~tested
-    return Parts(number, labels, val, test, tested | ~test & ~val & torch.isin(number, number[val]))
+    copied = ~test & torch.isin(number, number[test])
+    val &= ~copied
+    return Parts(number, labels, val, test, copied | ~test & ~val & torch.isin(number, number[val]))
 
 
 def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:

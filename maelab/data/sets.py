@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from maelab.config import AS_IT_IS, Reading
+
 
 class MappedImages:
     """Images that stay in a file, in the place of a tensor (N, C, H, W): indexing reads what it names, as a tensor.
@@ -95,6 +97,7 @@ class Dataset:
         listing: the files of a folder, 16 bytes each, for `maelab.data.compare_images`; empty for a built-in set.
         held_out: whether the test part was held out of the training images, because the folder has no test/.
         val: the validation part, where the folder itself has one.
+        reading: how the files of a folder became these images, with the range of values that was found.
     """
 
     name: str
@@ -107,3 +110,4 @@ class Dataset:
     listing: bytes = b""
     held_out: bool = False
     val: ImageSet | None = None
+    reading: Reading = AS_IT_IS

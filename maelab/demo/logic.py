@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from maelab import figures
-from maelab.config import ComputeOptions
+from maelab.config import ComputeOptions, ValueRange
 from maelab.data import ImageSet
 from maelab.data.batches import scale, unscale
-from maelab.data.decode import decode_image, to_eight_bits
+from maelab.data.decode import decode_upload, to_size
 from maelab.data.images import find_images
 from maelab.data.layout import list_images
 from maelab.data.sources import NAMES, cache_dir
@@ -63,13 +63,18 @@ def load_models(runs: Sequence[str], options: ComputeOptions) -> list[Loaded]:
     """Load runs, or checkpoints, in fp32 and on the device of the options.
 
     Raises:
-        UsageError, RunError: if one cannot be read, or is a linear probe.
+        UsageError, RunError: if one cannot be read, is a linear probe, or takes other images than grey or
+            coloured ones.
     """
     engine, models = start_engine(options, "fp32"), []
     for run in runs:
         model, spec = load_model(run)
         if not isinstance(model, VisionTransformer):
             raise UsageError(f"{run} is a linear probe; demo needs autoencoders or fine-tuned classifiers")
+        if model.in_chans not in (1, 3):
+            raise UsageError(
+                f"{run} takes images of {model.in_chans} channels, and a page shows 1 or 3; use maelab predict"
+            )
         prepare(model.to(engine.device), engine, options)
         name = visible(Path(run).name)
         models.append(Loaded(name if all(m.name != name for m in models) else visible(str(run)), model, spec))
@@ -102,13 +107,17 @@ def centre_drawing(ink: np.ndarray) -> np.ndarray | None:
     return field
 
 
-def read_upload(content: bytes) -> Image.Image:
+def read_upload(content: bytes, value_range: ValueRange | None) -> Image.Image:
     """An image that someone sent, upright, RGB, and made smaller if a side exceeds 512 pixels.
+
+    Args:
+        content: of its file.
+        value_range: that the model knows, for images of more than 8 bits.
 
     Raises:
         UsageError: if it cannot be decoded or has too many pixels.
     """
-    image = decode_image(content, 3)
+    image = decode_upload(content, value_range)
     image.thumbnail((SIDE, SIDE))
     return image
 
@@ -126,7 +135,7 @@ def example_images(chosen: Loaded, paths: Sequence[str], data_dir: Path | None) 
             if problem:
                 raise UsageError(f"--images {path}: {problem}")
             try:
-                images.append(read_upload(Path(path).read_bytes()))
+                images.append(read_upload(Path(path).read_bytes(), chosen.spec.reading.value_range))
             except (UsageError, OSError) as error:
                 raise UsageError(f"--images {path}: {getattr(error, 'strerror', None) or error}") from error
             if len(images) == EXAMPLES:
@@ -151,13 +160,11 @@ def example_images(chosen: Loaded, paths: Sequence[str], data_dir: Path | None) 
     return [Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy()) for x in test.images[rows]]
 
 
-def fit(model: VisionTransformer, image: Image.Image) -> torch.Tensor:
-    """The image as the model takes it: scaled to cover its size, cropped around the centre, grey or coloured: uint8
-    (1, C, H, W), on its device."""
-    size = (model.img_size[1], model.img_size[0])
-    image = to_eight_bits(image, model.in_chans)
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+def fit(chosen: Loaded, image: Image.Image) -> torch.Tensor:
+    """The image as the model takes it, at its size, grey or coloured: uint8 (1, C, H, W), on its device."""
+    model = chosen.model
+    image = image.convert("L" if model.in_chans == 1 else "RGB")
+    image = to_size(image, model.img_size, chosen.spec.reading.resize)
     pixels = torch.from_numpy(np.array(image)).reshape(*model.img_size, model.in_chans)
     return pixels.permute(2, 0, 1)[None].to(model.pos_embed.device)
 
@@ -215,7 +222,7 @@ def rebuild(chosen: Loaded, image: Image.Image, mask: torch.Tensor) -> Rebuilt:
     if not 0 < int(mask.sum()) < mask.numel():
         raise UsageError("every patch is hidden: show one" if mask.any() else "no patch is hidden: hide one")
     assert isinstance(chosen.model, MaskedAutoencoderViT)
-    x = scale(fit(chosen.model, image))
+    x = scale(fit(chosen, image))
     _, rebuilt, error = reconstruct_images(chosen.model, x, mask)
     apart = ((rebuilt - x).abs().mean(dim=1)[0] / 2).sqrt() * 255  # (H, W); the root shows small errors too
     mean = visible_mean_mse(chosen.model, x, mask)
@@ -233,7 +240,7 @@ def guess(
         mask: (1, L): grey is put over these patches first.
         top: how many classes.
     """
-    x = fit(chosen.model, image)
+    x = fit(chosen, image)
     if mask is not None:
         x = unscale(hide(chosen.model, scale(x), mask))
     probabilities = class_probabilities(chosen.model, ImageSet(x, None))[0].tolist()
@@ -250,7 +257,7 @@ def look(chosen: Loaded, image: Image.Image, of: Literal["last", "rollout"] = "r
         image: of any size.
         of: the last block's attention, its heads averaged, or attention rollout.
     """
-    x = scale(fit(chosen.model, image))
+    x = scale(fit(chosen, image))
     maps = attention_maps(chosen.model, x)
     attention = maps[-1].mean(dim=1) if of == "last" else attention_rollout(maps)
     return figures.overlay(x.cpu(), attention_to_patches(chosen.model, attention).cpu())[0]

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from gradio.themes import Base
 from PIL import Image
 
+from maelab.config import ValueRange
 from maelab.demo import logic
 from maelab.demo.guard import UPLOAD_BYTES, Guard
 from maelab.demo.logic import Loaded
@@ -28,7 +29,7 @@ from maelab.names import visible
 
 BOARD = 140  # pixels of a drawing's side, as board.js sends it
 HERE = Path(__file__).parent
-_TYPES = "image/png,image/jpeg,image/webp,image/bmp,image/gif,image/tiff,image/avif"
+_TYPES = "image/png,image/jpeg,image/webp,image/bmp,image/gif,image/tiff,image/avif,image/heic,.npy"
 # No endpoint for programs. Values come as they were sent: of a wrong one handlers say why, Gradio prints a traceback.
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 _EACH = _QUIET | {"trigger_mode": "multiple"}  # one after the other: "always_last" would repeat the first one's data
@@ -143,7 +144,9 @@ def _draw_tab(chosen: Loaded, drawing: gr.State) -> None:
     board.drawn(answer, None, [drawing, shares, seen], **_EACH)
 
 
-def _read_picked(event: gr.EventData, examples: Sequence[Image.Image], drawing: Image.Image | None) -> Image.Image:
+def _read_picked(
+    event: gr.EventData, examples: Sequence[Image.Image], drawing: Image.Image | None, value_range: ValueRange | None
+) -> Image.Image:
     """The image that was picked. Raises UsageError."""
     sent: dict[str, Any] = event._data or {}
     index, content = sent.get("index"), sent.get("content")
@@ -157,7 +160,7 @@ def _read_picked(event: gr.EventData, examples: Sequence[Image.Image], drawing: 
     if content is None:  # sources.js sends no more than its size
         raise UsageError(f"{name} is too large: at most {UPLOAD_BYTES >> 20} MB")
     try:
-        return logic.read_upload(base64.b64decode(content, validate=True))
+        return logic.read_upload(base64.b64decode(content, validate=True), value_range)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: it did not arrive whole") from error
     except UsageError as error:
@@ -208,7 +211,7 @@ def _look_tab(
         *names: str,
     ) -> tuple[Any, ...]:  # fmt: skip
         try:
-            image = _read_picked(event, examples, drawn)
+            image = _read_picked(event, examples, drawn, grid_of(*names).spec.reading.value_range)
         except UsageError as error:
             return current, _problem(str(error)), *(gr.skip(),) * (1 + columns)
         return image, "", *draw(image, ratio, kind, seed, *names)
@@ -265,7 +268,7 @@ def _look_tab(
 
 
 def _pixels(chosen: Loaded, image: Image.Image) -> np.ndarray:
-    pixels = logic.fit(chosen.model, image)[0].permute(1, 2, 0).cpu().numpy()  # (H, W, C)
+    pixels = logic.fit(chosen, image)[0].permute(1, 2, 0).cpu().numpy()  # (H, W, C)
     return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
 
 

@@ -12,15 +12,16 @@ one of the two places.
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from maelab.config import LARGEST, LARGEST_SIDE
+from maelab.config import LARGEST, LARGEST_SIDE, Reading, Resize
 from maelab.errors import RunError, UsageError
 from maelab.files import parse_json, read_json, read_limited
 from maelab.runs.files import as_json, put, sha256, sync_folder, temporary, write_temporary
@@ -271,14 +272,35 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]
         if content.pop("format") != 1 or content["model"] not in MODELS:
             raise ValueError("not a format that this version knows")
         wanted_sum = content.pop("sha256", None)
-        if wrong := (content.keys() ^ {"model", "arguments", "data", "class_names"}) - {"mask_ratio"}:
+        if wrong := (content.keys() ^ {"model", "arguments", "data", "class_names"}) - {"mask_ratio", "reading"}:
             raise ValueError(f"wrong or missing field {min(wrong)}")
         _check_fields(content)
-        return {**content, "class_names": tuple(content["class_names"])}, wanted_sum
+        reading = read_reading(content.get("reading", {}))
+        return {**content, "class_names": tuple(content["class_names"]), "reading": reading}, wanted_sum
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is damaged or not a maelab checkpoint ({type(error).__name__}: {error})") from error
+
+
+def read_reading(content: Any) -> Reading:
+    """How a model's images were read, from its config.json. Raises ValueError or TypeError."""
+    ranges = content.get("value_range")
+    if content.get("resize", "crop") not in get_args(Resize):
+        raise ValueError(f"resize is {str(content['resize'])[:20]}")
+    if ranges is None:
+        return Reading(**content)
+    if not isinstance(ranges, list) or not 0 < len(ranges) <= _LARGEST["in_chans"]:
+        raise ValueError("value_range is no list of ranges")
+    if not all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(number) in (int, float) and math.isfinite(number) for number in pair)
+        and pair[0] < pair[1]
+        for pair in ranges
+    ):
+        raise ValueError("value_range holds what is no range")
+    return Reading(**{**content, "value_range": tuple((float(low), float(high)) for low, high in ranges)})
 
 
 def _check_fields(content: dict[str, Any]) -> None:

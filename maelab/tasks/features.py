@@ -78,7 +78,7 @@ def features(
     unreadable = 0
     if paths:
         parts, read = [np.empty((0, model.embed_dim), np.float32)], []
-        for batch in read_batches(paths, model.img_size, model.in_chans, 256):
+        for batch in read_batches(paths, model.img_size, model.in_chans, spec.reading, 256):
             for path, problem in batch:
                 if isinstance(problem, str):
                     unreadable += 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from maelab import figures
 from maelab.config import FinetuneConfig, RunOptions
-from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
 from maelab.data.augment import augment, mix
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
@@ -61,7 +61,7 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}
     arguments |= {"img_size": (height, width), "in_chans": in_chans, "num_classes": len(data.class_names)}
     arguments |= {"drop_path_rate": config.drop_path, "patch_drop_rate": config.patch_drop}
-    return ModelSpec("VisionTransformer", arguments, data.name, data.class_names)
+    return ModelSpec("VisionTransformer", arguments, data.name, data.class_names, reading=data.reading)
 
 
 def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> Step:
@@ -114,7 +114,7 @@ def finetune(
     if init is not None:
         config = with_encoder_of(config, init)
     engine = start_engine(options, config.precision)
-    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
+    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size, reading=reading_of(config))
     spec = model_spec(config, data)
     torch.manual_seed(config.seed)
     model = spec.build()

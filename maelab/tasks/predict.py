@@ -73,7 +73,7 @@ def predict(
     def entries() -> Iterator[dict[str, Any]]:
         pictured: list[tuple[torch.Tensor, torch.Tensor]] = []
         inputs = _noted([paths] if isinstance(paths, str | Path) else paths, run, spec.data)
-        for batch in read_batches(inputs, model.img_size, model.in_chans, batch_size):
+        for batch in read_batches(inputs, model.img_size, model.in_chans, spec.reading, batch_size):
             images = [image for _, image in batch if not isinstance(image, str)]
             rows = iter(())
             if images:

@@ -7,7 +7,7 @@ import torch
 
 from maelab import figures
 from maelab.config import PretrainConfig, RunOptions
-from maelab.data import Dataset, ImageSet, limit, load, training_sets
+from maelab.data import Dataset, ImageSet, limit, load, reading_of, training_sets
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
@@ -51,7 +51,7 @@ def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
     check_masking(height * width // config.patch_size**2, config.mask_ratio)
     arguments = {field: getattr(config, field) for field in fields}
     arguments |= {"img_size": (height, width), "in_chans": in_chans}
-    return ModelSpec("MaskedAutoencoderViT", arguments, data.name, mask_ratio=config.mask_ratio)
+    return ModelSpec("MaskedAutoencoderViT", arguments, data.name, mask_ratio=config.mask_ratio, reading=data.reading)
 
 
 def some(data: ImageSet, n: int, seed: int) -> ImageSet:
@@ -110,7 +110,7 @@ def pretrain(
     options = options or RunOptions()
     check_out(options)
     engine = start_engine(options, config.precision)
-    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size)
+    data = load(config.data, data_dir=options.data_dir, img_size=config.img_size, reading=reading_of(config))
     spec = model_spec(config, data)
     torch.manual_seed(config.seed)
     model = spec.build()

@@ -94,7 +94,7 @@ def probe(
 
         task = Task(
             model=linear,
-            spec=ModelSpec("Linear", arguments, data.name, data.class_names),
+            spec=ModelSpec("Linear", arguments, data.name, data.class_names, reading=data.reading),
             items=len(parts["train"]),
             step=Step(batch, loss),
             validate=lambda linear, epoch: scores(linear, "val"),

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from maelab.config import DataConfig, DataOptions, check_count
+from maelab.config import AS_IT_IS, DataConfig, DataOptions, Reading, check_count
 from maelab.data import Dataset, ImageSet, compare_images, load, training_sets
 from maelab.data.datasets import whole
 from maelab.data.images import read_all
@@ -48,6 +48,7 @@ class ModelSpec:
         data: name of the data set it was trained on; empty for a model of another library.
         class_names: of a classifier, in the order of its outputs.
         mask_ratio: that a masked autoencoder was trained with.
+        reading: how the files of a folder became its images.
     """
 
     model: str
@@ -55,6 +56,7 @@ class ModelSpec:
     data: str
     class_names: tuple[str, ...] = ()
     mask_ratio: float | None = None
+    reading: Reading = AS_IT_IS
 
     def build(self) -> nn.Module:
         return MODELS[self.model](**self.arguments)
@@ -65,6 +67,7 @@ def portable(spec: ModelSpec, state: dict[str, torch.Tensor]) -> dict[str, bytes
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = safetensors.torch.save(tensors)
     about = {"format": 1, **vars(spec), "sha256": hashlib.sha256(weights).hexdigest()}
+    about["reading"] = vars(about.pop("reading"))
     return {MODEL: weights, CONFIG: as_json(about)}
 
 
@@ -162,8 +165,12 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
     """
     if not (name or spec.data):
         raise UsageError("this model comes from another library; name the data set with --data")
-    channels = spec.arguments["in_chans"]
-    data = load(name or spec.data, data_dir=data_dir, img_size=tuple(spec.arguments["img_size"]), in_chans=channels)
+    channels, size = spec.arguments["in_chans"], tuple(spec.arguments["img_size"])
+    data = load(name or spec.data, data_dir=data_dir, img_size=size, in_chans=channels, reading=spec.reading)
+    if data.reading.value_range != spec.reading.value_range:
+        raise UsageError(
+            f"{data.name} has images of more than 8 bits, and the model was trained on images of 8 bits: save them so"
+        )
     if data.train.images.shape[1] != channels:
         raise UsageError(
             f"{data.name} has images with {data.train.images.shape[1]} channels; the model was trained with {channels}"
@@ -231,7 +238,7 @@ def images_to_show(
     check_count("--count", count, 1)
     check_count("--seed", seed)
     if images:
-        return read_all(images, model.img_size, model.in_chans)
+        return read_all(images, model.img_size, model.in_chans, spec.reading)
     data = load_matching_data(spec, None, options.data_dir)
     pool = (data.test or data.train).images
     return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import torch
 from conftest import DATA
 from engine import JSON_TOKENS, Target
+from imagecodecs import png_encode
 from PIL import Image
 from small_sets import CIFAR, MNIST, MNIST_GZ, md5s, python_batch, python_batches, sha256s, tar_gz
 
+from maelab.config import Reading
 from maelab.data import decode, formats, images, sources
 from maelab.data.folder import scan
 from maelab.data.layout import File
@@ -51,10 +54,31 @@ def pictures(form: str) -> Seeds:
     return seeds
 
 
+def arrays(place: Path) -> list[bytes]:
+    """Numbers of more than 8 bits and images of many channels: .npy, TIFF and PNG."""
+    noise = np.random.default_rng(0).integers(0, 4095, (12, 10, 5), np.uint16)
+    found = []
+    for array in (noise, noise[:, :, 0], noise.astype(np.float32), noise[:, :, :2].astype(np.uint8)):
+        file = io.BytesIO()
+        np.save(file, array)
+        found.append(file.getvalue())
+        for compression in (None, "lzw", "zlib"):
+            file = io.BytesIO()
+            tifffile.imwrite(file, array, photometric="minisblack", compression=compression)
+            found.append(file.getvalue())
+    stack = io.BytesIO()
+    tifffile.imwrite(stack, noise.transpose(2, 0, 1), imagej=True, metadata={"axes": "CYX"})
+    return [*found, stack.getvalue(), *(bytes(png_encode(noise[:, :, :k].copy())) for k in (3, 4))]
+
+
 IMAGE_TOKENS = {
+    "array": (b"\x93NUMPY", b"\x01\0", b"'<u2'", b"'|O'", b"(12, 10, 5)", b"(9999999, 9999999)", b"ImageJ="),
     "PNG": (b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"iCCP", b"eXIf", b"zTXt", b"iTXt"),
     "JPEG": (b"\xff\xd8", b"\xff\xd9", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xe1", b"Exif\0\0"),
     "WEBP": (b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"EXIF", b"ICCP"),
+    "GIF": (b"GIF89a", b"GIF87a", b"\x21\xf9\x04", b"\x2c", b"\x3b", b"\x21\xff\x0b"),
+    "TIFF": (b"II*\0", b"MM\0*", b"\x00\x01\x03\x00", b"\x11\x01", b"\x15\x01", b"\x03\x01\x03\x00", b"\x52\x01"),
+    "AVIF": (b"ftyp", b"avif", b"meta", b"iloc", b"iinf", b"iprp", b"ispe", b"mdat", b"av1C"),
     "BMP": (b"BM", b"\x28\0\0\0", b"\x01\0\0\0", b"\x03\0\0\0", b"\x08\0", b"\x20\0"),
 }  # fmt: skip
 
@@ -62,11 +86,11 @@ IMAGE_TOKENS = {
 def feed_image(content: bytes, place: Path) -> None:
     """As an upload, and as a file of a folder."""
     (place / "image.png").write_bytes(content)
-    for channels in (1, 3):
+    for value_range in (None, decode.FULL_16_BITS):
         with contextlib.suppress(UsageError):
-            made = decode.decode_image(content, channels)
-            assert made.mode == ("L" if channels == 1 else "RGB")
-    ((_, image),) = next(images.read_batches([place / "image.png"], (8, 8), 3, 1))
+            assert decode.decode_upload(content, value_range).mode == "RGB"
+    reading = Reading("pad", decode.FULL_16_BITS)
+    ((_, image),) = next(images.read_batches([place / "image.png"], (8, 8), 3, reading, 1))
     if isinstance(image, str):
         raise RunError(image)
     assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
@@ -166,12 +190,34 @@ def seeds_of_sheet(place: Path) -> list[bytes]:
     return found
 
 
+def seeds_of(form: str) -> Seeds:
+    return arrays if form == "array" else pictures(form)
+
+
 LABELS = json.dumps([i % 10 for i in range(50)]).encode()
 
+# libtiff writes about damaged images by itself, and nothing in Pillow or Python can stop it.
+SAYS_OF_IMAGES = (
+    "maelab: ",
+    "TIFF",
+    "_TIFF",
+    "ZIPDecode",
+    "LZWDecode",
+    "tempfile.tif: ",
+    "Fax",
+    "JPEG",
+    "PackBits",
+    "Old",
+    "MissingRequired",
+)
+
 TARGETS: dict[str, Target] = {
-    **{form: Target(pictures(form), feed_image, tokens, mebibytes=1536) for form, tokens in IMAGE_TOKENS.items()},
     **{
-        f"{form} header": Target(pictures(form), feed_header, tokens, mebibytes=512)
+        form: Target(seeds_of(form), feed_image, tokens, SAYS_OF_IMAGES, 5, 1536)
+        for form, tokens in IMAGE_TOKENS.items()
+    },
+    **{
+        f"{form} header": Target(seeds_of(form), feed_header, tokens, SAYS_OF_IMAGES, mebibytes=512)
         for form, tokens in IMAGE_TOKENS.items()
     },
     "mask": Target(seeds_of_masks, feed_mask, (b"0", b"1", b"\n", b",", *IMAGE_TOKENS["PNG"]), mebibytes=1536),

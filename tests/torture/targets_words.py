@@ -10,9 +10,10 @@ from typing import Any
 
 from engine import JSON_TOKENS, Target
 from PIL import Image
-from targets_data import IMAGE_TOKENS, pictures, publish_all
+from targets_data import IMAGE_TOKENS, SAYS_OF_IMAGES, publish_all, seeds_of
 
 from maelab import cli, commandline, names
+from maelab.config import AS_IT_IS
 from maelab.data import images
 from maelab.demo import guard, logic
 from maelab.errors import RunError, UsageError
@@ -106,7 +107,7 @@ def feed_request(content: bytes, place: Path) -> None:
 
 
 def feed_upload(content: bytes, place: Path) -> None:
-    assert max(logic.read_upload(content).size) <= logic.SIDE
+    assert max(logic.read_upload(content, None).size) <= logic.SIDE
 
 
 # ----------------------------------------------------------------------------------------------------- words and names
@@ -186,7 +187,7 @@ def feed_paths(content: bytes, place: Path) -> None:
     before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(content))
     try:
         read = 0
-        for batch in images.read_batches(commandline._with_stdin(["-"]), (4, 4), 1, 16):
+        for batch in images.read_batches(commandline._with_stdin(["-"]), (4, 4), 1, AS_IT_IS, 16):
             for path, image in batch:
                 assert isinstance(image, str) or image.shape == (1, 4, 4)
                 assert names.visible(path).isprintable() or True
@@ -235,9 +236,10 @@ NAME_SEEDS = (
 
 TARGETS: dict[str, Target] = {
     "upload": Target(
-        lambda place: [seed for form in IMAGE_TOKENS for seed in pictures(form)(place)],
+        lambda place: [seed for form in IMAGE_TOKENS for seed in seeds_of(form)(place)],
         feed_upload,
         sum(IMAGE_TOKENS.values(), ()),
+        SAYS_OF_IMAGES,
         mebibytes=1536,
     ),
     "event": Target(seeds_of_events, feed_event, JSON_TOKENS),

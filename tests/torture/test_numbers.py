@@ -9,7 +9,7 @@ from PIL import Image
 
 from maelab import fit
 from maelab.config import PretrainConfig
-from maelab.data.decode import decode_image
+from maelab.data.decode import decode_upload
 from maelab.errors import RunError, UsageError
 from maelab.files import LARGEST_JSON, parse_json, read_json
 from maelab.recipes import pretrain_smoke
@@ -167,4 +167,4 @@ def test_odd_metadata_is_no_warning():
     content = content.replace(b"JFIF", b"JFIX")  # or the resolution is not looked for in the metadata
     with pytest.warns(UserWarning):
         Image.open(io.BytesIO(content), formats=("JPEG",)).close()
-    assert decode_image(content, 3).size == (8, 8)
+    assert decode_upload(content, None).size == (8, 8)
