@@ -138,6 +138,8 @@ def read_header(path: Path) -> Header:
             mode = numbers + (f" x {channels} channels" if channels > 1 else "")
             return Header(height, width, mode, image.pages > 1, channels, image.dtype not in _EIGHT_BITS)
         width, height = image.size
+        if min(image.size) < 1:  # a TIFF may say so
+            raise ValueError(f"it says that it has {height} x {width} pixels")
         # A PNG's EXIF data may follow the pixels: looking for it would decode them. A TIFF's size is that shown.
         if image.format not in ("PNG", "TIFF") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # on its side
             width, height = height, width
@@ -316,7 +318,7 @@ def _checked(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> tuple[i
     """Height, width and channels of an array of this shape. Raises ValueError if it is no image, or too large."""
     if dtype.kind not in "uifb" or dtype.hasobject:
         raise ValueError(f"{what} holds no numbers ({str(dtype)[:30]})")
-    if len(shape) not in (2, 3) or 0 in shape:
+    if len(shape) not in (2, 3) or min(shape) < 1:
         raise ValueError(f"{what} has the shape {shape}; an image has (H, W), (H, W, C) or (C, H, W)")
     height, width, channels = (*shape, 1) if len(shape) == 2 else shape if _last(shape) else (*shape[1:], shape[0])
     if height * width * max(1, channels // 4) > (Image.MAX_IMAGE_PIXELS or sys.maxsize):

@@ -198,18 +198,9 @@ LABELS = json.dumps([i % 10 for i in range(50)]).encode()
 
 # libtiff writes about damaged images by itself, and nothing in Pillow or Python can stop it.
 SAYS_OF_IMAGES = (
-    "maelab: ",
-    "TIFF",
-    "_TIFF",
-    "ZIPDecode",
-    "LZWDecode",
-    "tempfile.tif: ",
-    "Fax",
-    "JPEG",
-    "PackBits",
-    "Old",
-    "MissingRequired",
-)
+    "maelab: ", "TIFF", "_TIFF", "ZIPDecode", "LZWDecode", "tempfile.tif: ", "Fax", "JPEG", "PackBits", "Old",
+    "MissingRequired", "EstimateStrip", "PNG warning",
+)  # fmt: skip
 
 TARGETS: dict[str, Target] = {
     **{
