@@ -26,6 +26,10 @@ class Reading:
     """how an image comes to its size; see `maelab.data.decode.to_size`"""
     value_range: ValueRange | None = None
     """what is stretched to 8 bits where numbers have more; None: to be found, or of a model, that it saw no such"""
+    labels: str | None = None
+    """the table that was asked for, as `--labels` says it"""
+    group: str | None = None
+    """what images of a group share, as `--group` says it"""
 
 
 AS_IT_IS = Reading()
@@ -167,6 +171,11 @@ class ReadingConfig(_Config):
 
     resize: Resize = "crop"
     """how a folder's image comes to the size: crop cuts off what exceeds it, pad puts black around, squash distorts"""
+    labels: str | None = None
+    """table with the classes of a folder's images, PATH or PATH:COLUMN; None takes labels.csv or metadata.csv there"""
+    group: str | None = None
+    """keep images together on one side of every split: a column of that table, or a regular expression for what their
+    paths share, such as 'video_[0-9]+'"""
 
 
 @dataclass(frozen=True, kw_only=True)

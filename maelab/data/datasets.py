@@ -15,6 +15,7 @@ from maelab.data import formats, sources
 from maelab.data.folder import load_folder
 from maelab.data.sets import Dataset, ImageSet, MappedImages
 from maelab.data.splits import hold_out
+from maelab.data.table import absolute
 from maelab.errors import UsageError
 
 _DIGITS = tuple("0123456789")
@@ -26,7 +27,8 @@ _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 
 def reading_of(config: ReadingConfig) -> Reading:
     """How a run reads the files of its folder; the range of values is to be found."""
-    return Reading(config.resize)
+    labels = None if config.labels is None else absolute(config.labels)
+    return Reading(config.resize, labels=labels, group=config.group)
 
 
 def load(
@@ -114,8 +116,8 @@ def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSe
     """
     if not 0 <= fraction < 1:
         raise UsageError(f"the validation fraction is {fraction}; it must be at least 0 and less than 1")
-    if data.keys is not None:
-        held = hold_out(data.keys, None if data.labels is None else data.labels.cpu(), fraction, f"validation {seed}")
+    if data.groups is not None:
+        held = hold_out(data.groups, None if data.labels is None else data.labels.cpu(), fraction, f"validation {seed}")
         return data[(~held).nonzero()[:, 0]], data[held.nonzero()[:, 0]]
     n = len(data)
     order, rank, count = _class_ranks(data.labels, n, seed)
@@ -166,12 +168,16 @@ def whole(data: Dataset) -> ImageSet:
 
 
 def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
-    """Both sets in one, without those of `more` that also are in `val`."""
-    keys = None
+    """Both sets in one, without those of `more` that also are in `val`, or of a group there."""
+    keys = groups = None
     if val is not None and more.keys is not None and val.keys is not None:
-        more = more[(~torch.isin(more.keys, val.keys)).nonzero()[:, 0]]
+        assert more.groups is not None and val.groups is not None
+        near = torch.isin(more.keys, val.keys) | torch.isin(more.groups, val.groups)
+        more = more[(~near).nonzero()[:, 0]]
     if train.keys is not None and more.keys is not None:
         keys = torch.cat([train.keys, more.keys])
+    if train.groups is not None and more.groups is not None:
+        groups = torch.cat([train.groups, more.groups])
     labels = None
     if train.labels is not None and more.labels is not None:
         labels = torch.cat([train.labels, more.labels])
@@ -180,7 +186,7 @@ def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
         images = train.images.joined(images)
     else:
         images = torch.cat([train.images, images])
-    return ImageSet(images, labels, keys)
+    return ImageSet(images, labels, keys, groups)
 
 
 def training_sets(

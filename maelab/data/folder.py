@@ -127,13 +127,13 @@ class Found:
         return lines
 
 
-def scan(spec: str) -> Found:
+def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     """Look at the images of "folder:PATH" without decoding them: their headers, and the bytes for the keys.
 
     Raises: UsageError (no such folder, no images, unclear layout).
     """
     root = find_root(spec)
-    files, class_names, given, notes = list_files(root)
+    files, class_names, given, notes = list_files(root, reading)
     fingerprint = fingerprint_of(files, root)
     known = cached_keys(files, root, fingerprint)
     broken: list[str] = []
@@ -194,7 +194,7 @@ def load_folder(
     root = find_root(spec)
     if img_size is not None and min(img_size) < 1:
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
-    listed, class_names, given, notes = list_files(root)
+    listed, class_names, given, notes = list_files(root, reading)
     skipped: list[str] = []
     headers = list(each(read_header, listed, root, skipped))
     if not headers:
@@ -249,7 +249,7 @@ def load_folder(
             pixels = cast(torch.Tensor, MappedImages(cast(np.memmap, images), rows))
         else:
             pixels = torch.from_numpy(images)[rows]
-        return ImageSet(pixels, parts.labels[rows] if class_names else None, parts.keys[rows])
+        return ImageSet(pixels, parts.labels[rows] if class_names else None, parts.keys[rows], parts.groups[rows])
 
     labelled = (parts.labels >= 0) | (not class_names)
     training = part(train & labelled)
@@ -263,10 +263,10 @@ def load_folder(
     )
 
 
-def list_folder(spec: str) -> bytes:
+def list_folder(spec: str, reading: Reading = AS_IT_IS) -> bytes:
     """What `Dataset.listing` would be, without decoding; broken images are in it too. Raises UsageError."""
     root = find_root(spec)
-    files = list_files(root).files
+    files = list_files(root, reading).files
     return list_of_images((file.path.relative_to(root), content_key(file.path)) for file in files)
 
 

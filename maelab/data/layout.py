@@ -11,7 +11,9 @@ behind are passed over, at every depth. A layout that may be meant otherwise is 
 import hashlib
 import importlib.util
 import os
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,8 +21,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from maelab.data.splits import hold_out
+from maelab.config import AS_IT_IS, Reading
+from maelab.data.splits import hold_out, key_of_text
+from maelab.data.table import Table, find_tables, match, read_table
 from maelab.errors import UsageError
+from maelab.names import visible
 
 HEIF = importlib.util.find_spec("pillow_heif") is not None
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -42,6 +47,7 @@ class File(NamedTuple):
     path: Path
     label: int  # -1 without a class
     part: Part
+    group: str = ""  # images of one stay on one side of every split; "" is a group of its own
 
 
 class Listing(NamedTuple):
@@ -69,12 +75,130 @@ def find_root(spec: str) -> Path:
     return Path(path).expanduser()
 
 
-def list_files(root: Path) -> Listing:
-    """The images of a folder, their classes, and what they are for. Raises UsageError for an unclear layout."""
+def list_files(root: Path, reading: Reading = AS_IT_IS) -> Listing:
+    """The images of a folder, their classes, and what they are for.
+
+    Args:
+        root: the folder.
+        reading: the table with labels and the groups that were asked for, if any.
+
+    Raises:
+        UsageError: if the layout, the table or the groups are unclear.
+    """
     if not root.exists():
         raise UsageError(f"there is no folder {root}")
     if not root.is_dir():
         raise UsageError(f"{root} is a file; folder:PATH takes a folder of images")
+    if reading.labels:
+        tables, notes = [read_table(reading.labels, root)], ()
+    else:
+        tables, notes = _tables_of(root)
+    if tables:
+        return _with_groups(*_list_rows(root, tables), reading.group, root)
+    listing = _list_folders(root)
+    listing = listing._replace(notes=listing.notes + notes)
+    return _with_groups(listing, {}, reading.group, root)
+
+
+def _tables_of(root: Path) -> tuple[list[Table], tuple[str, ...]]:
+    """The tables that lie in a folder; none, and a note, where sub-folders already say the classes."""
+    subs = _sub_folders(root)
+    parts = [sub for sub in subs if sub.name.casefold() in _PARTS]
+    tables = find_tables(root, parts)
+    if tables:
+        inside = [inner for part in parts or [root] for inner in _sub_folders(part) if _has_images(inner)]
+        if len(inside) > 1 and not any(_has_images_here(part) for part in parts or [root]):
+            path = tables[0].path.relative_to(root)
+            return [], (f"sub-folders are the classes, and {path} is not used; --labels {path} uses it instead",)
+    return tables, ()
+
+
+def _list_rows(root: Path, tables: list[Table]) -> tuple[Listing, dict[Path, dict[str, str]]]:
+    """The images of a folder whose labels stand in tables, and the row of each."""
+    images = list_images(root)
+    if not images:
+        raise UsageError(f"{root} holds no images ({', '.join(SUFFIXES)})")
+    rows: dict[Path, dict[str, str]] = {}
+    labels: dict[Path, str] = {}
+    parts: dict[Path, Part] = {path: _part_of(path.relative_to(root)) for path in images}
+    notes = []
+    for table in tables:
+        own = [path for path in images if len(tables) == 1 or path.is_relative_to(table.path.parent)]
+        matched = match(table, own, root)
+        named = {path: row for path, row in zip(own, matched.rows, strict=True) if row is not None}
+        rows |= named
+        labels |= {path: unicodedata.normalize("NFC", row[table.label].strip()) for path, row in named.items()}
+        for path, row in named.items():
+            if table.split and (said := row[table.split].strip()):
+                if said.casefold() not in _PARTS:
+                    where = f"column {table.split!r} of {table.path}"
+                    raise UsageError(f"{where} says {visible(said)!r}; it must be train, val or test")
+                parts[path] = _PARTS[said.casefold()]
+        lacking = sum(not labels.get(path) for path in own)
+        said = f"labels from {table.path}, column {table.label!r}, {len(named)} of {len(own)} images"
+        said += f"; {lacking} images have none and count as unlabelled" if lacking else ""
+        if matched.missing:
+            example = visible(matched.missing[0])[:80]
+            said += f"; {len(matched.missing)} rows name no image here, for example {example!r}"
+        notes.append(said)
+    names = sorted({label for label in labels.values() if label}, key=_in_order)
+    if not names:
+        raise UsageError(f"{tables[0].path} gives no image in {root} a label: {notes[0]}")
+    if len(names) == 1:
+        raise UsageError(f"{tables[0].path} gives a single class, {visible(names[0])!r}, and a classifier needs two")
+    number = {name: k for k, name in enumerate(names)}
+    files = [File(path, number.get(labels.get(path, ""), -1), parts[path]) for path in images]
+    for part in ("val", "test"):  # what has no label judges nothing
+        files = [file._replace(part="train") if file.part == part and file.label < 0 else file for file in files]
+    if not any(file.part == "train" for file in files):
+        raise UsageError(f"{tables[0].path} leaves no image in {root} to train on")
+    order = {"train": 0, "val": 1, "test": 2}
+    files.sort(key=lambda file: (order[file.part], file.label < 0, file.label))
+    given = any(file.part == "test" for file in files)
+    return Listing(files, tuple(names), given, tuple(notes)), rows
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Numbers by their size, before words."""
+    return (int(name), "") if name.isascii() and name.isdigit() and len(name) < 19 else (2**63, name)
+
+
+def _part_of(path: Path) -> Part:
+    return _PARTS.get(path.parts[0].casefold(), "train") if len(path.parts) > 1 else "train"
+
+
+def _with_groups(listing: Listing, rows: dict[Path, dict[str, str]], asked: str | None, root: Path) -> Listing:
+    """The listing with the group of each image: a column of the table, or what a regular expression finds in its path
+    below the folder: its first bracket, else all of it. An image in which it finds nothing is a group of its own."""
+    if not asked:
+        return listing
+    columns = next(iter(rows.values()), {})
+    if asked in columns:
+        groups = [rows.get(file.path, {}).get(asked, "").strip() for file in listing.files]
+    else:
+        try:
+            pattern = re.compile(asked)
+        except re.error as error:
+            raise UsageError(f"--group {asked} is neither a column nor a regular expression: {error}") from error
+        found = [pattern.search(file.path.relative_to(root).as_posix()) for file in listing.files]
+        groups = [(hit[1] if hit.re.groups else hit[0]) or "" if hit else "" for hit in found]
+    sizes = Counter(filter(None, groups))
+    if len(sizes) < 2 or max(sizes.values()) < 2:
+        raise UsageError(
+            f"--group {asked} finds {len(sizes)} groups in {len(groups)} images, of {max(sizes.values(), default=0)} at"
+            f" most: it takes a column{' (' + ', '.join(columns) + ')' if columns else ''}, or a regular expression for"
+            f" the part of {listing.files[0].path.relative_to(root)} that images of a group share"
+        )
+    files = [file._replace(group=group) for file, group in zip(listing.files, groups, strict=True)]
+    alone = len(groups) - sizes.total()
+    few, many = min(sizes.values()), max(sizes.values())
+    said = f"{len(sizes)} groups by --group, of {few} to {many} images; each stays together"
+    said += f"; {alone} images are in none" if alone else ""
+    return listing._replace(files=files, notes=(*listing.notes, said))
+
+
+def _list_folders(root: Path) -> Listing:
+    """The images of a folder whose sub-folders say what they are."""
     subs = _sub_folders(root) if not list_images(root, deep=False) else []
     without = [sub for sub in subs if sub.name in _UNLABELLED]
     more = [File(path, -1, "train") for sub in without for path in list_images(sub)]
@@ -193,6 +317,10 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def _has_images_here(folder: Path) -> bool:
+    return bool(list_images(folder, deep=False))
+
+
 def _has_images(folder: Path) -> bool:
     return any(map(_is_image, walk(folder)))
 
@@ -204,6 +332,7 @@ def fingerprint_of(files: list[File], root: Path) -> str:
         stat = file.path.stat()
         part = {"train": False, "test": True}.get(file.part, file.part)  # as it was before there was a third
         line = (str(file.path.relative_to(root)), file.label, part, stat.st_size, stat.st_mtime_ns)
+        line += (file.group,) if file.group else ()
         digest.update(repr(line).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -213,12 +342,14 @@ class Parts(NamedTuple):
 
     Args:
         keys, labels: int64 (N,); label -1 without a class.
+        groups: int64 (N,), equal for images that stay on one side of a split: the keys, or those of groups.
         val: bool (N,), for validation, as the folder says; none where it does not.
         test: bool (N,), for testing.
-        left_out: bool (N,), for nothing, since a copy is for testing, or for validation.
+        left_out: bool (N,), for nothing, since a copy or one of the same group is for testing, or for validation.
     """
 
     keys: torch.Tensor
+    groups: torch.Tensor
     labels: torch.Tensor
     val: torch.Tensor
     test: torch.Tensor
@@ -237,14 +368,20 @@ def tested(keys: list[bytes]) -> torch.Tensor:
 def share_out(files: list[File], keys: list[bytes], class_names: tuple[str, ...], given: bool) -> Parts:
     """Share out the images; `given`: the folder itself says which are for testing."""
     number = _numbers(keys)
+    own = [key_of_text(f"group {file.group}") if file.group else key for file, key in zip(files, keys, strict=True)]
+    groups = _numbers(own)
     labels = torch.tensor([file.label for file in files])
     val, test = (torch.tensor([file.part == part for file in files]) for part in ("val", "test"))
     if class_names and not given:
         free = (labels >= 0) & ~val
-        test[free] = hold_out(number[free], labels[free], _TEST_FRACTION, "test")
-    copied = ~test & torch.isin(number, number[test])
-    val &= ~copied
-    return Parts(number, labels, val, test, copied | ~test & ~val & torch.isin(number, number[val]))
+        test[free] = hold_out(groups[free], labels[free], _TEST_FRACTION, "test")
+
+    def near(part: torch.Tensor) -> torch.Tensor:
+        return torch.isin(number, number[part]) | torch.isin(groups, groups[part])
+
+    tested = ~test & near(test)
+    val &= ~tested
+    return Parts(number, groups, labels, val, test, tested | ~test & ~val & near(val))
 
 
 def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:
@@ -260,9 +397,14 @@ def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:
         named = " and ".join(str(files[i].path.relative_to(root)) for i in (torn[0][0], torn[0][-1]))
         lines.append(f"{sum(map(len, torn))} identical files lie in different classes, for example {named}")
     if left_out := parts.left_out.nonzero()[:, 0].tolist():
-        copied = next(i for i in groups[int(which[left_out[0]])] if parts.test[i] or parts.val[i])
-        named = " as ".join(str(files[i].path.relative_to(root)) for i in (left_out[0], copied))
-        judges = "test or validation" if parts.val.any() else "test"
-        said = f"left {len(left_out)} images out of training, which are also {judges} images"
-        lines.append(f"{said}: for example {named}")
+        judges = parts.test | parts.val
+        named = "test or validation" if parts.val.any() else "test"
+        copies = [i for i in left_out if bool(torch.isin(parts.keys[i], parts.keys[judges]))]
+        if copies:
+            copied = next(i for i in groups[int(which[copies[0]])] if judges[i])
+            pair = " as ".join(str(files[i].path.relative_to(root)) for i in (copies[0], copied))
+            said = f"left {len(copies)} images out of training, which are also {named} images"
+            lines.append(f"{said}: for example {pair}")
+        if others := len(left_out) - len(copies):
+            lines.append(f"left {others} images out of training, whose groups have {named} images")
     return lines

@@ -62,11 +62,13 @@ class ImageSet:
         labels: int64 (N,), or None where there are no labels.
         keys: int64 (N,), on the CPU: equal for equal files of a folder (see `maelab.data.splits`); None in a set that
             never changes.
+        groups: int64 (N,), on the CPU: equal for images of a folder that stay on one side of a split.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     keys: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,12 +76,13 @@ class ImageSet:
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
         images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
-        keys = None if self.keys is None else self.keys[index.cpu()]
-        return ImageSet(images, None if self.labels is None else self.labels[index], keys)
+        keys, groups = (None if rows is None else rows[index.cpu()] for rows in (self.keys, self.groups))
+        return ImageSet(images, None if self.labels is None else self.labels[index], keys, groups)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`."""
-        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device), self.keys)
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageSet(self.images.to(device), labels, self.keys, self.groups)
 
 
 @dataclass(frozen=True)

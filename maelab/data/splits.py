@@ -26,20 +26,26 @@ def content_key(path: Path) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).digest()
 
 
+def key_of_text(text: str) -> bytes:
+    """The key of a group of images: a hash of its name."""
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()
+
+
 def hold_out(keys: torch.Tensor, labels: torch.Tensor | None, fraction: float, stream: str) -> torch.Tensor:
     """Choose a share of the images by their keys.
 
     A hash of (stream, key) is a number from 0 to 1; an image is held out if it lies below `fraction`. So the share is
     met only about, and no image's side depends on another's. The exception: a class of at least two different images
     has one on either side. Where none would be held out, the one with the smallest number is; where none would be left,
-    the one with the largest number is. (No rule without a memory can do this and never move an image: of three images
+    the one with the largest number is. Where no class can make such an exception and nothing at all would be held out,
+    the key with the smallest number is. (No rule without a memory can do this and never move an image: of three images
     two share a side, though as a class of two they would not.) When such a class grows, the image held out by exception
     may return to training, once another has a smaller number. The other direction, into the held-out part, would count
     what was trained on; it takes a class that lost its only held-out image, or one whose every number lay below
     `fraction`. Copies in several classes are no exceptions in any of them, so that they stay together.
 
     Args:
-        keys: int64 (N,); equal for equal files.
+        keys: int64 (N,); equal for equal files, or for images of a group.
         labels: int64 (N,), or None for one class.
         fraction: 0 <= fraction < 1; 0 holds out nothing.
         stream: another choice, independent of this one, for another text.
@@ -64,6 +70,8 @@ def hold_out(keys: torch.Tensor, labels: torch.Tensor | None, fraction: float, s
             held[own[draws[own].argmin()]] = True
         elif held[some].all():
             held[own[draws[own].argmax()]] = False
+    if not held.any() and len(distinct) > 1:
+        held[draws.argmin()] = True
     return held[which]
 
 

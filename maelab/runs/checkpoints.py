@@ -286,6 +286,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]
 def read_reading(content: Any) -> Reading:
     """How a model's images were read, from its config.json. Raises ValueError or TypeError."""
     ranges = content.get("value_range")
+    texts = [content.get(name) for name in ("labels", "group")]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError("labels or group are no text")
     if content.get("resize", "crop") not in get_args(Resize):
         raise ValueError(f"resize is {str(content['resize'])[:20]}")
     if ranges is None:

@@ -16,7 +16,7 @@ from maelab.errors import UsageError
 from maelab.inference import class_probabilities
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import listing_of, locate
-from maelab.training.checkpoint import load_model
+from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import say
 
@@ -72,7 +72,7 @@ def predict(
 
     def entries() -> Iterator[dict[str, Any]]:
         pictured: list[tuple[torch.Tensor, torch.Tensor]] = []
-        inputs = _noted([paths] if isinstance(paths, str | Path) else paths, run, spec.data)
+        inputs = _noted([paths] if isinstance(paths, str | Path) else paths, run, spec)
         for batch in read_batches(inputs, model.img_size, model.in_chans, spec.reading, batch_size):
             images = [image for _, image in batch if not isinstance(image, str)]
             rows = iter(())
@@ -95,13 +95,14 @@ def predict(
     return entries()
 
 
-def _noted(inputs: Iterable[str | Path], run: str | Path, trained_on: str) -> Iterator[str | Path]:
+def _noted(inputs: Iterable[str | Path], run: str | Path, spec: ModelSpec) -> Iterator[str | Path]:
     """The same inputs; stderr says where one is the folder that the model was trained on, and what changed there."""
+    trained_on = spec.data
     own = Path(trained_on.removeprefix("folder:")).expanduser().resolve() if trained_on.startswith("folder:") else None
     for given in inputs:
         if own is not None and Path(given).is_dir() and Path(given).resolve() == own:
             before = listing_of(locate(run))
-            changes = compare_images(before, list_folder(trained_on)) if before else None
+            changes = compare_images(before, list_folder(trained_on, spec.reading)) if before else None
             since = f"; since then {changes}" if changes else ""
             say(f"{given} is the folder that {run} was trained on, so it has seen most of these images{since}")
         yield given
