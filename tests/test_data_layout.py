@@ -134,7 +134,7 @@ def test_names_control_no_terminal(tmp_path: Path, capsys) -> None:
         save(tmp_path / "unlabelled" / f"f\x1b[31m{i}.png", 100 + i)  # and of all of b
     load(f"folder:{tmp_path}")
     said = capsys.readouterr().err
-    assert "\x1b" not in said and said.count("\n") == said.count("maelab: ") == 3 and r"c\x1b[31m\n/" in said
+    assert "\x1b" not in said and said.count("\n") == said.count("maelab: ") >= 3 and r"c\x1b[31m\n/" in said
 
 
 def test_names_are_those_that_people_see(tmp_path: Path, capsys) -> None:

@@ -29,9 +29,11 @@ from maelab.data.decode import (
     find_value_range,
     read_header,
 )
+from maelab.data.faults import describe_counts, describe_cropping, describe_ignored, describe_pictures
 from maelab.data.layout import (
     SUFFIXES,
     File,
+    Parts,
     describe_copies,
     find_root,
     fingerprint_of,
@@ -68,6 +70,7 @@ class Found:
         notes: what else a person should know of the layout.
         fingerprint: of the names, sizes and times of change of all image files.
         channels: that the images have for a model.
+        dangling: links to images that are not there.
     """
 
     classes: dict[str, int]
@@ -85,6 +88,7 @@ class Found:
     notes: tuple[str, ...]
     fingerprint: str
     channels: int = 3
+    dangling: int = 0
 
     @property
     def labelled(self) -> int:
@@ -120,9 +124,9 @@ class Found:
             lines.append(f"{said}: {self.channels} channels; pictures show {shown}")
         if self.animated:
             lines.append(f"of several frames or pages, only the first is used: {self.animated}")
-        if self.ignored:
-            named = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored.items())
-            lines.append(f"other files, ignored: {named}")
+        lines += describe_ignored(self.ignored, total + len(self.broken))
+        if self.dangling:
+            lines.append(f"links that lead nowhere: {self.dangling}")
         lines.extend(self.notes)
         return lines
 
@@ -146,7 +150,8 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
         raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
     files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
     parts = share_out(files, [key for _, (_, key) in pairs], class_names, given)
-    ignored = Counter(path.suffix.lower() for path in walk(root) if path.suffix.lower() not in SUFFIXES)
+    dangling: list[Path] = []
+    ignored = Counter(path.suffix.lower() for path in walk(root, dangling) if path.suffix.lower() not in SUFFIXES)
     count = Counter(parts.labels[~parts.val & ~parts.test & ~parts.left_out].tolist())
     by_area = sorted(headers, key=lambda header: header.height * header.width)
     return Found(
@@ -165,6 +170,7 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
         notes=notes,
         fingerprint=fingerprint,
         channels=_channels(headers),
+        dangling=len(dangling),
     )
 
 
@@ -225,8 +231,12 @@ def load_folder(
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
-    for line in (*notes, *_describe_range(reading), *describe_copies(parts, kept, root)):
-        print(visible(f"maelab: {line}"), file=sys.stderr)
+    notes += (*_describe_range(reading), *describe_copies(parts, kept, root), *describe_counts(parts, class_names))
+    if reading.resize == "crop":
+        notes += (*describe_cropping([(header.height, header.width) for _, header in headers], (height, width)),)
+    notes += _look_at(images, parts, kept, root, image_md5)
+    for line in notes:
+        _say_once(line, image_md5)
     train = ~parts.val & ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
         if not bool((train & (parts.labels == label)).any()):
@@ -234,7 +244,7 @@ def load_folder(
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         said = f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}"
-        print(visible(said), file=sys.stderr)
+        _say_once(said.removeprefix("maelab: "), image_md5)
     checksums = {"images": image_md5, "files": _md5(parts.keys.numpy())}
     if class_names:
         checksums["labels"] = _md5(parts.labels.numpy())
@@ -259,8 +269,27 @@ def load_folder(
     val, test, unlabelled = part(parts.val), part(parts.test), part(train & ~labelled)
     held_out = bool(class_names) and not given
     return Dataset(
-        spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val, reading
-    )
+        spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val, reading,
+        notes,
+    )  # fmt: skip
+
+
+_looked: dict[str, tuple[str, ...]] = {}  # MD5 of a folder's images and parts -> what was said of them
+_said: set[tuple[str, str]] = set()
+
+
+def _look_at(images: np.ndarray, parts: Parts, files: list[File], root: Path, md5: str) -> tuple[str, ...]:
+    """`describe_pictures`, once in a process: `maelab fit` loads its images for each of its runs."""
+    key = md5 + _md5(torch.stack([parts.test, parts.val, parts.left_out]).numpy())
+    if key not in _looked:
+        _looked[key] = tuple(describe_pictures(images, parts, files, root))
+    return _looked[key]
+
+
+def _say_once(line: str, md5: str) -> None:
+    if (line, md5) not in _said:
+        _said.add((line, md5))
+        print(visible(f"maelab: {line}"), file=sys.stderr)
 
 
 def list_folder(spec: str, reading: Reading = AS_IT_IS) -> bytes:

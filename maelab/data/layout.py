@@ -260,7 +260,7 @@ def _list_classes(folder: Path, several: bool = True) -> tuple[dict[str, list[Pa
             "directly into one folder"
         )
     if not loose and not full:
-        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)}){_instead(folder)}")
     if loose:
         return {"": loose}, ()
     if several and len(full) == 1:
@@ -278,12 +278,21 @@ def _list_classes(folder: Path, several: bool = True) -> tuple[dict[str, list[Pa
     notes = []
     if empty := [name for name in by_class if name not in full]:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        notes.append(f"no images, so no class: {', '.join(f'{name}/' for name in empty[:5])}{more}")
+        named = ", ".join(f"{name}/{_instead(folder / name)}" for name in empty[:5])
+        notes.append(f"{'LOOK: ' * ('but' in named)}no images, so no class: {named}{more}")
     spelt: dict[str, str] = {}
     for name in full:
         if (other := spelt.setdefault(name.casefold(), name)) != name:
             notes.append(f"classes {other!r} and {name!r} differ in case alone; if they are one class, join them")
     return full, tuple(notes)
+
+
+def _instead(folder: Path) -> str:
+    """What files a folder without images holds."""
+    counts = Counter(path.suffix.lower() for path in walk(folder)) if folder.is_dir() else Counter()
+    held = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts.most_common(3))
+    needs = " (pip install 'maelab[heif]')" if counts.keys() & set(HEIF_SUFFIXES) else ""
+    return f", but {held}{needs}" if held else ""
 
 
 def _passed_over(name: str) -> bool:
@@ -295,16 +304,20 @@ def _sub_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _passed_over(path.name))
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """All files in a folder and below, but for what is passed over; a folder that links lead to twice counts once."""
+def walk(folder: Path, dangling: list[Path] | None = None) -> Iterator[Path]:
+    """All files in a folder and below, but for what is passed over; a folder that links lead to twice counts once.
+    Links that lead nowhere go into `dangling`."""
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         shown = sorted(name for name in folders if not _passed_over(name))
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
         folders[:] = [real[path] for path in real if path not in seen]
         seen |= real.keys()
-        paths = (Path(place, name) for name in sorted(names) if not _passed_over(name))
-        yield from filter(Path.is_file, paths)
+        for path in (Path(place, name) for name in sorted(names) if not _passed_over(name)):
+            if path.is_file():
+                yield path
+            elif dangling is not None and path.is_symlink() and not path.exists():
+                dangling.append(path)
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
