@@ -272,6 +272,8 @@ class Augment(_Config):
 class PretrainConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataConfig):
     """Pretrain a masked autoencoder on images; labels, if there are any, serve only to follow k-NN accuracy."""
 
+    init: str = "none"
+    """go on from this autoencoder: run folder or checkpoint, which then decides the shape; none starts from scratch"""
     mask_ratio: float = 0.75
     """share of the patches to hide"""
     norm_pix_loss: bool = False

@@ -1,5 +1,7 @@
 """Pretraining: a masked autoencoder learns to rebuild hidden patches."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from maelab.inference import (
 from maelab.model import MaskedAutoencoderViT, patchify
 from maelab.model.masks import hidden_count, make_mask
 from maelab.runs import check_out, read_metrics
-from maelab.training.checkpoint import ModelSpec
+from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.ranks import in_processes
@@ -34,6 +36,10 @@ from maelab.training.trackers import log_outcome
 # epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
 KNN_QUERIES, KNN_IMAGES = 1_000, 2_000
 PICTURED = 8
+SHAPE = (
+    "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "learned_pos_embed",
+    "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
+)  # fmt: skip
 _MEAN_OF = 2**27  # pixels at most for the mean predictor: half a gigabyte
 
 
@@ -44,14 +50,23 @@ def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
         UsageError: if patch size, image size and mask ratio do not go together.
     """
     _, in_chans, height, width = data.train.images.shape
-    fields = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "learned_pos_embed")
-    fields += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
     if height % config.patch_size or width % config.patch_size:
         raise UsageError(f"--patch-size {config.patch_size} does not divide the image size {height}x{width}")
     check_masking(height * width // config.patch_size**2, config.mask_ratio)
-    arguments = {field: getattr(config, field) for field in fields}
+    arguments = {field: getattr(config, field) for field in (*SHAPE, "norm_pix_loss")}
     arguments |= {"img_size": (height, width), "in_chans": in_chans}
     return ModelSpec("MaskedAutoencoderViT", arguments, data.name, mask_ratio=config.mask_ratio, reading=data.reading)
+
+
+def with_shape_of(config: PretrainConfig, init: ModelSpec) -> PretrainConfig:
+    """The config with the shape of the initial autoencoder.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    if init.model != "MaskedAutoencoderViT":
+        raise UsageError(f"--init {config.init} is a {init.model}; pretraining goes on from an autoencoder")
+    return replace(config, **{field: init.arguments[field] for field in SHAPE})
 
 
 def some(data: ImageSet, n: int, seed: int) -> ImageSet:
@@ -109,15 +124,24 @@ def pretrain(
     """
     options = options or RunOptions()
     check_out(options)
+    source, init = (None, None) if config.init == "none" else load_model(config.init)
+    if init is not None:
+        config = with_shape_of(config, init)
     engine = start_engine(options, config.precision)
     data = load(config.data, data_dir=options.data_dir, img_size=config.img_size, reading=reading_of(config))
     spec = model_spec(config, data)
     torch.manual_seed(config.seed)
     model = spec.build()
     assert isinstance(model, MaskedAutoencoderViT)
+    if source is not None and init is not None:
+        for field in ("img_size", "in_chans"):
+            theirs, ours = (json.loads(json.dumps(one.arguments[field])) for one in (init, spec))
+            if theirs != ours:
+                raise UsageError(f"--init {config.init} has {field} {theirs}, and {data.name} gives {ours}")
+        model.load_state_dict(source.state_dict())
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
     hidden = hidden_count("random", model.grid_size, config.mask_ratio)
-    begun_from = environment(hardware, data.checksums)
+    begun_from = environment(hardware, data.checksums, source)
     with open_task(engine, "pretrain", recipe, config, options, begun_from, data.listing) as (run, tracker):
         folder = run.folder
         if run.result:
@@ -127,7 +151,7 @@ def pretrain(
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {hidden} of them hidden;"
-            f" {count_parameters(model) / 1e6:.2f}M parameters; {hardware}; {folder}"
+            f" {count_parameters(model) / 1e6:.2f}M parameters{f' from {config.init}' if source else ''}; {hardware}; {folder}"
         )
 
         following = config.knn_every > 0 and train_set.labels is not None
@@ -169,6 +193,7 @@ def pretrain(
             "data": data.name,
             "seed": config.seed,
             "epochs": outcome.epochs,
+            "init": config.init,
             "patch_size": config.patch_size,
             "mask_ratio": config.mask_ratio,
             "patches": num_patches,
