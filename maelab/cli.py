@@ -28,19 +28,21 @@ from maelab.printing import Output, PredictOutput, RunsOutput
 
 @dataclass(frozen=True)
 class Command:
-    """'module:function' that does it, and the function that prints what came out; `first`: see `commandline.read`."""
+    """'module:function' that does it, and the function that prints what came out; `first`: see `commandline.read`;
+    `begins`: what to say before torch is there, which takes seconds."""
 
     task: str
     show: Callable[[Any, dict[str, Any], Any], None]
     first: str = ""
     output: type = Output
+    begins: str = ""
 
 
 COMMANDS = {
     "data": Command("maelab.cli:data", printing.data),
     "pretrain": Command("maelab.tasks.pretrain:pretrain", printing.pretrained, first="recipe"),
     "finetune": Command("maelab.tasks.finetune:finetune", printing.finetuned, first="recipe"),
-    "fit": Command("maelab.fit:fit", printing.fitted),
+    "fit": Command("maelab.fit:fit", printing.fitted, begins="maelab fit: looking at the images"),
     "probe": Command("maelab.tasks.probe:probe", printing.probed, first="init"),
     "evaluate": Command("maelab.tasks.evaluate:evaluate", printing.evaluated),
     "predict": Command("maelab.tasks.predict:predict", printing.predictions, output=PredictOutput),
@@ -139,18 +141,19 @@ def _for_folder(task: str, given: Any, typed: dict[str, Any]) -> Any:
     """The config of recipe folder for the images that lie there; says what was found and chosen."""
     if "data" not in typed:
         raise UsageError(f"{task} folder needs --data folder:PATH, your folder of images")
+    from maelab.data import reading_of
     from maelab.data.folder import scan
     from maelab.training.checkpoint import read_spec
     from maelab.training.runlog import say
 
-    found, init = scan(given.data), getattr(given, "init", "none")
+    found, init = scan(given.data, reading_of(given)), getattr(given, "init", "none")
     fixed = {field: typed[field] for field in ("img_size", "patch_size") if field in typed}
     if init != "none":
         has = read_spec(init).arguments
         fixed = {"img_size": tuple(has.get("img_size", ())) or None, "patch_size": has.get("patch_size")} | fixed
     images = found.labelled if task == "finetune" else found.labelled + found.unlabelled
     config: Any = recipes.get(task, "folder", images=images, side=found.side, grey=found.grey, **fixed)
-    for line in [*found.lines(), recipes.explain_folder(config, images, found.side, found.grey, found.val, init)]:
+    for line in [*found.lines(), recipes.explain_folder(config, images, found.side, found.channels, found.val, init)]:
         say(line)
     return config
 
@@ -194,6 +197,8 @@ def _call(command: Command, signature: Signature, words: Sequence[str]) -> None:
         kind, recipe = signature.owners["config"], arguments.get("recipe", "")
         arguments["config"], arguments["recipe"] = _config(kind, recipe, typed.pop("config"))
     arguments |= {owner: signature.owners[owner](**fields) for owner, fields in typed.items()}
+    if command.begins:
+        print(command.begins, file=sys.stderr, flush=True)
     module, _, function = command.task.partition(":")
     result = getattr(importlib.import_module(module), function)(**arguments)
     if isinstance(result, tuple):  # of a training

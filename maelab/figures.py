@@ -290,7 +290,7 @@ def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:
     Args:
         file: PNG to write.
         counts: images (classes, classes), rows are true classes; the diagonal is written as each class's recall.
-        class_names: of the classes.
+        class_names: of the classes; more than 100 are not written.
     """
     counts = np.asarray(counts)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -304,12 +304,12 @@ def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:
             if counts[i, j] or (i == j and counts[i].any()):
                 colour = "white" if share[i, j] > 0.5 else "black"
                 ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
-    size = min(7.0, 400 / n)
-    turned = {"rotation": 60, "ha": "right"} if max(map(len, class_names), default=0) > 3 else {}
-    names = [short(name, NAME) for name in class_names]
-    ax.set_xticks(range(n), names, fontsize=size, **turned)
-    ax.set_yticks(range(n), names, fontsize=size)
-    ax.set_xlabel("predicted", fontsize=9)
+    names = [short(name, NAME) for name in class_names] if n <= 100 else []
+    size, shown = min(7.0, 400 / n), range(len(names))
+    turned = {"rotation": 60, "ha": "right"} if max(map(len, names), default=0) > 3 else {}
+    ax.set_xticks(shown, names, fontsize=size, **turned)
+    ax.set_yticks(shown, names, fontsize=size)
+    ax.set_xlabel(f"predicted ({n} classes)" if n > 100 else "predicted", fontsize=9)
     ax.set_ylabel("true", fontsize=9)
     ax.set_title("images; on the diagonal the share that was recognised", fontsize=8)
     save_figure(figure, file)

@@ -1,7 +1,9 @@
 """From a folder of images to a model within a given time: pretrain, fine-tune, the same from scratch, a verdict."""
 
+import contextlib
 import dataclasses
 import math
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -11,32 +13,44 @@ from typing import Any
 import torch
 
 from maelab import figures, recipes
-from maelab.config import ComputeOptions, FinetuneConfig, PretrainConfig, RunOptions, check_count
-from maelab.data import Dataset, ImageSet, load, training_sets
+from maelab.config import (
+    ComputeOptions,
+    FinetuneConfig,
+    PretrainConfig,
+    ReadingConfig,
+    Resize,
+    RunOptions,
+    check_count,
+)
+from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
 from maelab.data.folder import Found, scan
 from maelab.errors import RunError, UsageError
+from maelab.files import read_json
 from maelab.inference import class_probabilities, classification_scores, masked_mse
 from maelab.names import shell_word
 from maelab.report import report
+from maelab.runs import find_checkpoint, open_collection, replace_collection, write_json
 from maelab.runs import folder as folders
-from maelab.runs import open_collection, replace_collection, write_json
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
 from maelab.tasks.reconstruct import reconstruct
 from maelab.training.capture import WARM_UP
 from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import console, say
+from maelab.training.runlog import console, in_words, say
 
 STAGES = ("pretrain", "finetune", "scratch")
 PLAN, ENTRIES = "plan.json", frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
+BEFORE = "before-{}"  # the autoencoder that a fit of more minutes goes on from, by the number of its fit
 FILES = (  # all that a fit writes; the plan goes last
-    "fit.json", "report.html", "reconstruction.png", *(f"{stage}/{file}" for stage in STAGES for file in folders.RUN),
-    folders.LOCK, PLAN,
+    "fit.json", "report.html", "reconstruction.png", "mistakes.png",
+    *(f"{stage}/{file}" for stage in (*STAGES, BEFORE.format("*")) for file in folders.RUN), folders.LOCK, PLAN,
 )  # fmt: skip
-_TO_SPEND = 0.85  # of the time left: rates vary while others use the machine
+_TO_SPEND = 0.92  # of the time left: rates vary while others use the machine
 _FEW = 30  # test images, below which nothing is said
 _LONGEST = 60 * 24 * 365  # minutes
+_UNSAID: dict[str, Any] = {"labels": None, "group": None, "img_size": None, "resize": "crop", "flip": None}
+_MANY = 10  # times the epochs of the recipe, at most, for pretraining
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
 
@@ -46,6 +60,11 @@ def fit(
     *,
     minutes: float = 30,
     seed: int = 0,
+    labels: str | None = None,
+    group: str | None = None,
+    img_size: tuple[int, int] | None = None,
+    resize: Resize = "crop",
+    flip: bool | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     options: ComputeOptions | None = None,
@@ -55,13 +74,20 @@ def fit(
     It pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
     scratch with the same fine-tuning; the better on validation is the model, and a verdict says what pretraining was
     worth. How many epochs, a measured rate of steps decides. Each stage is a run folder: stopped, the same call goes
-    on; complete, it only answers again.
+    on; complete, it only answers again; with more minutes, its autoencoder learns on for the rest of them.
 
     Args:
-        folder: images: a sub-folder for each class, those without a class in unlabelled/, or all directly in it.
-        minutes: time to spend.
+        folder: images: a sub-folder for each class, those without a class in unlabelled/, or all directly in it; or a
+            table with their labels, an archive, a Parquet file.
+        minutes: time to spend, with what was spent on it before.
         seed: seed of initialisation, order, augmentation and masks.
-        out: folder for runs, page and verdict; None is runs/fit-NAME. Stopped, the same command goes on.
+        labels: table with the classes, PATH or PATH:COLUMN; None takes labels.csv or metadata.csv in the folder.
+        group: keep images together on one side of every split: a column of that table, or a regular expression for
+            what their paths share, such as 'video_[0-9]+'.
+        img_size: height and width to train at; None is near the median of the images.
+        resize: how an image comes to that size: crop cuts off what exceeds it, pad puts black around, squash distorts.
+        flip: whether images are mirrored at random; None mirrors coloured ones.
+        out: folder for runs, page and verdict; None is runs/fit-NAME, with a number where that is another folder's.
         overwrite: begin anew where the folder holds another fit.
         options: where to compute.
 
@@ -83,22 +109,31 @@ def fit(
         raise UsageError(f"--minutes must be above 0 and at most {_LONGEST} (a year), got {minutes:g}")
     check_count("--seed", seed)
     folder = Path(str(folder).removeprefix("folder:")).expanduser().resolve()
-    out = out or Path("runs") / f"fit-{folder.name}"
+    out = out or _default_out(folder)
     if out.resolve().is_relative_to(folder):
         raise UsageError(f"--out {out} lies among your images in {folder}; give --out a folder elsewhere")
-    found = scan(f"folder:{folder}")
+    asked: dict[str, Any] = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "labels": labels}
+    asked |= {"group": group, "img_size": img_size and list(img_size), "resize": resize, "flip": flip}
+    found = scan(asked["data"], reading_of(ReadingConfig(labels=labels, group=group, resize=resize)))
     for line in found.lines():
         say(line)
-    with open_collection(out, FILES, PLAN, ENTRIES) as before:
-        asked = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "fingerprint": found.fingerprint}
+    asked["fingerprint"] = found.fingerprint
+    with open_collection(out, FILES, PLAN, ENTRIES) as there:
         runs = RunOptions(**vars(options or ComputeOptions()))
-        plan = _recall(out, before, asked, overwrite) or _plan(found, asked, begun, runs)
+        plan = _recall(out, there, asked, overwrite)
+        if fresh := not plan or plan["minutes"] < minutes:
+            plan = _plan(found, asked, begun, runs, _start_of(out, plan))
+            write_json(out / PLAN, plan)
         configs = _configs(plan, out)
-        write_json(out / PLAN, plan)
+        _go_on(out, plan)
         say(_explain_plan(plan))
         results: dict[str, Any] = {}
-        for stage, config in configs.items():
-            place = replace(runs, out=out / stage)
+        for stage in configs:
+            if stage == "finetune" and fresh:
+                plan = _refit(plan, begun)
+                write_json(out / PLAN, plan)
+                configs = _configs(plan, out)
+            config, place = configs[stage], replace(runs, out=out / stage)
             if isinstance(config, PretrainConfig):
                 _, results[stage] = pretraining.pretrain(config, options=place, recipe="folder")
             else:
@@ -108,64 +143,156 @@ def fit(
     return result
 
 
+def _default_out(folder: Path) -> Path:
+    """runs/fit-NAME, or the first of runs/fit-NAME-2, -3, ... that is no other folder's."""
+    place, number = Path("runs") / f"fit-{folder.name}", 1
+    while (plan := _plan_of(place)) and plan.get("data") not in (None, f"folder:{folder}"):
+        number += 1
+        place = place.with_name(f"fit-{folder.name}-{number}")
+    return place
+
+
+def _plan_of(out: Path) -> dict[str, Any]:
+    with contextlib.suppress(RunError):
+        return read_json(out / PLAN)
+    return {}
+
+
 def _recall(out: Path, plan: dict[str, Any], asked: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """The plan that `out` holds, {} if there is none. With `overwrite`, another plan and its runs are removed.
 
     Raises:
         UsageError: if it is another plan, and nobody asked to replace it; or something else lies among its files.
     """
-    named = {name: f"--{name} {plan.get(name)} instead of {asked[name]}" for name in ("minutes", "seed")}
-    other = [named.get(name, "other images") for name, value in asked.items() if plan.get(name) != value]
+    names = {"fingerprint": "other images", "data": "other images"}
+    other = []
+    for name, value in asked.items():
+        if name != "minutes" and (before := plan.get(name, _UNSAID.get(name))) != value:
+            other.append(names.get(name) or f"--{name.replace('_', '-')} {before} instead of {value}")
     if not plan or not (other or overwrite):
+        if plan and asked["minutes"] < plan["minutes"]:
+            say(f"{out} holds a fit of {plan['minutes']:g} minutes; it stays as it is")
         return plan
     if not overwrite:
-        raise UsageError(f"{out} holds a fit with {', '.join(other)}; use --overwrite, or another --out")
+        said = ", ".join(dict.fromkeys(other))
+        raise UsageError(f"{out} holds a fit with {said}; use --overwrite, or another --out")
     replace_collection(out, FILES)
     return {}
+
+
+def _start_of(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What a fit of more minutes goes on from: {"spent": minutes, "round": its number}; {} where nothing lies."""
+    if not plan:
+        return {}
+    try:
+        find_checkpoint(out / STAGES[0])
+    except (UsageError, RunError):  # it was stopped before there was anything
+        for stage in STAGES:
+            if (out / stage).is_dir():
+                folders.remove(out / stage, folders.RUN)
+        return {"spent": plan["minutes"], "round": plan.get("round", 0)}
+    return {"spent": plan["minutes"], "round": plan.get("round", 0) + 1}
+
+
+def _go_on(out: Path, plan: dict[str, Any]) -> None:
+    """Put the autoencoder that the plan goes on from where the plan says; the runs after it are done anew.
+
+    Stopped at any point, the same call does the rest.
+    """
+    if not (round_ := plan.get("round", 0)):
+        return
+    before = out / BEFORE.format(round_)
+    if not before.exists():
+        (out / STAGES[0]).rename(before)
+        for stage in STAGES[1:]:
+            if (out / stage).is_dir():
+                folders.remove(out / stage, folders.RUN)
+        for file in ("fit.json", "report.html", "reconstruction.png", "mistakes.png"):
+            (out / file).unlink(missing_ok=True)
+    if (older := out / BEFORE.format(round_ - 1)).is_dir():
+        folders.remove(older, folders.RUN, keep=())
+        with contextlib.suppress(OSError):
+            older.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
-def _plan(found: Found, asked: dict[str, Any], begun: float, options: RunOptions) -> dict[str, Any]:
-    """Configs that fit into the time: the recipe's, with epochs (and if need be images) by the measured rate."""
+def _plan(
+    found: Found, asked: dict[str, Any], begun: float, options: RunOptions, start: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Configs that fit into the time: the recipe's, with epochs (and if need be images) by the measured rate.
+
+    Args:
+        found: what the folder holds.
+        asked: what the call says.
+        begun: when it began, by `time.perf_counter`.
+        options: where to compute.
+        start: see `_start_of`.
+    """
+    start = start or {}
+    budget = 60 * (asked["minutes"] - start.get("spent", 0))
     labelled = len(found.classes) > 1
     images = found.labelled + found.unlabelled
-    common: dict[str, Any] = {"data": asked["data"], "seed": asked["seed"]}
-    before = recipes.pretrain_folder(images, found.side, found.grey)
+    common: dict[str, Any] = {name: asked.get(name, value) for name, value in _UNSAID.items() if name != "img_size"}
+    common = {k: v for k, v in common.items() if v is not None} | {"data": asked["data"], "seed": asked["seed"]}
+    size = tuple(asked["img_size"]) if asked.get("img_size") else None
+    before = recipes.pretrain_folder(images, found.side, found.grey, img_size=size)
+    after = recipes.finetune_folder(found.labelled, found.side, found.grey, img_size=size)
     if labelled:  # the same validation images, so that pretraining does not see them either
-        common["val_fraction"] = recipes.finetune_folder(found.labelled, found.side, found.grey).val_fraction
+        common["val_fraction"] = after.val_fraction
     before = replace(before, **common, knn_every=0)
-    after = recipes.finetune_folder(found.labelled, found.side, found.grey)
     shape = {field: getattr(before, field) for field in ("embed_dim", "depth", "num_heads")}
     after = replace(after, **common, **shape)
 
-    start = time.perf_counter()
-    data = load(before.data, img_size=before.img_size)
-    loading = time.perf_counter() - start
-    say(f"{recipes.explain_folder(before, images, found.side, found.grey, found.val)}; timing a few steps")
+    loading = time.perf_counter()
+    data = load(before.data, img_size=before.img_size, reading=reading_of(before))
+    loading = time.perf_counter() - loading
+    say(f"{recipes.explain_folder(before, images, found.side, found.channels, found.val)}; timing a few steps")
     stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
     for config, share in ((before, 0.5), (after, 0.25))[: 1 + labelled]:
         train_set, val_set = training_sets(data, config, unlabelled=config is before)
-        measured = _measure(config, data, train_set, val_set, options, 3 * asked["minutes"])  # a twentieth of all
-        smaller = _batch_size(config.batch_size, measured[0], share * 60 * asked["minutes"])
+        measured = _measure(config, data, train_set, val_set, options, budget / 20)
+        smaller = _batch_size(config.batch_size, measured[0], share * budget)
         if smaller < config.batch_size:
             config = replace(config, batch_size=smaller)
-            measured = _measure(config, data, train_set, val_set, options, 3 * asked["minutes"])
+            measured = _measure(config, data, train_set, val_set, options, budget / 20)
         stages.append((config, len(train_set), len(val_set), *measured))
     passes = 3 if labelled else 1
-    left = 60 * asked["minutes"] - (time.perf_counter() - begun) - passes * (loading + _DRAWING)
+    left = budget - (time.perf_counter() - begun) - passes * (loading + _DRAWING)
     left = max(1.0, _TO_SPEND * left)
     chosen: dict[str, Any] = {}
     if labelled:
         chosen["finetune"], seconds = _fitted(*stages[1], seconds=left / 4)
         left -= 2 * seconds
-    chosen["pretrain"], _ = _fitted(*stages[0], seconds=left)
+    # The time is there to be used, and of many epochs the best on validation is kept.
+    many = replace(stages[0][0], epochs=_MANY * stages[0][0].epochs)
+    chosen["pretrain"], _ = _fitted(many, *stages[0][1:], seconds=left)
+    if start.get("round"):
+        chosen["pretrain"]["init"] = BEFORE.format(start["round"])
     rates = {
-        name: {"images": n, "validation_images": n_val, "images_per_s": round(config.batch_size / step, 1)}
-        for name, (config, n, n_val, step, _) in zip(("pretrain", "finetune"), stages, strict=False)
-    }
-    return {**asked, "measured": rates} | chosen
+        name: {
+            "images": n, "validation_images": n_val, "images_per_s": round(config.batch_size / step, 1),
+            "step_s": step, "beside_s": beside, "loading_s": loading, "epochs": config.epochs,
+        }
+        for name, (config, n, n_val, step, beside) in zip(("pretrain", "finetune"), stages, strict=False)
+    }  # fmt: skip
+    return {**asked, **start, "notes": list(data.notes), "measured": rates} | chosen
+
+
+def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
+    """The plan with as many epochs of fine-tuning as the time left allows, now that pretraining is over."""
+    measured = plan["measured"]["finetune"]
+    left = 60 * (plan["minutes"] - plan.get("spent", 0)) - (time.perf_counter() - begun)
+    seconds = _TO_SPEND * (left - 2 * (measured["loading_s"] + _DRAWING)) / 2
+    config = FinetuneConfig(**{**plan["finetune"], "img_size": tuple(plan["finetune"]["img_size"]), "limit": None})
+    config = replace(config, epochs=measured["epochs"])
+    images, val_images = measured["images"], measured["validation_images"]
+    step, beside = measured["step_s"], measured["beside_s"]
+    chosen, _ = _fitted(config, images, val_images, step, beside, seconds=max(1.0, seconds))
+    if (chosen["epochs"], chosen["limit"]) != (plan["finetune"]["epochs"], plan["finetune"]["limit"]):
+        say(f"{in_words(max(0.0, left))} are left: {chosen['epochs']} epochs of fine-tuning, twice")
+    return plan | {"finetune": chosen}
 
 
 def _measure(
@@ -181,6 +308,15 @@ def _measure(
     From real epochs of one step and of four; where those would take more than `seconds`, all is put on the step."""
     engine = start_engine(options, config.precision)
     train_set, some = train_set.to(engine.device), val_set[torch.arange(min(16, len(val_set)))].to(engine.device)
+
+    stage = "pretraining" if isinstance(config, PretrainConfig) else "fine-tuning"
+    said = time.monotonic()
+
+    def heartbeat() -> None:
+        nonlocal said
+        if time.monotonic() - said > 4:
+            said = time.monotonic()
+            print(f"still timing steps of {stage}", file=sys.stderr, flush=True)
 
     def epoch(steps: int) -> float:
         if isinstance(config, PretrainConfig):
@@ -203,11 +339,15 @@ def _measure(
             step = finetuning.make_step(config, train_set, len(data.class_names))
         times: list[float] = []
 
+        def batch(*where: int) -> Any:
+            heartbeat()
+            return step.batch(*where)
+
         def timed(model: Any, number: int) -> dict[str, float]:
             times.append(time.perf_counter())
             return validate(model, number)
 
-        task = Task(model, spec, steps * config.batch_size, step, timed, metric, metric != "loss")
+        task = Task(model, spec, steps * config.batch_size, replace(step, batch=batch), timed, metric, metric != "loss")
         with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
             train(engine, Path(place), task, replace(config, epochs=WARM_UP + 2 if engine.captures else 3))
         return times[-1] - times[-2]  # the first epoch also builds and allocates, the first steps are not yet captured
@@ -268,6 +408,8 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
         if "finetune" in plan:
             configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
             configs["scratch"] = read("finetune", FinetuneConfig)
+        if plan["pretrain"].get("init", "none") != "none":  # its name within the folder
+            configs["pretrain"] = read("pretrain", PretrainConfig, init=str(out / plan["pretrain"]["init"]))
         _explain_plan(plan)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(f"{out / PLAN} is damaged ({error}); --overwrite begins anew") from error
@@ -287,7 +429,9 @@ def _explain_plan(plan: dict[str, Any]) -> str:
     twice = ", twice: from the pretrained encoder, and from scratch as a control" if "finetune" in plan else ""
     if any(plan[stage]["limit"] for stage in plan["measured"]):
         twice += "; too little time to see every image once, so give more --minutes"
-    return f"plan for {plan['minutes']:g} minutes: {', '.join(said)}{twice}"
+    more = plan["minutes"] - plan.get("spent", 0)
+    time_ = f"{more:g} minutes more, after {plan['spent']:g}" if plan.get("spent") else f"{more:g} minutes"
+    return f"plan for {time_}: {', '.join(said)}{twice}"
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict

@@ -1,6 +1,6 @@
 """What a trained model says about images: features, neighbours, reconstructions, errors, probabilities."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from maelab.model.masks import len_keep
 from maelab.model.vit import Block
 
 EVAL_BATCH = 512  # images at a time, and fewer where memory does not hold so many
+MATRIX = 1_000  # classes at most of a confusion matrix as a whole
 
 
 def check_masking(num_patches: int, mask_ratio: float) -> None:
@@ -231,6 +232,26 @@ def class_probabilities(model: VisionTransformer, data: ImageSet) -> torch.Tenso
     """
     model.eval()
     return torch.cat(list(in_batches(lambda images: model(images).float().softmax(dim=1), data, EVAL_BATCH)))
+
+
+def scores_by_class(probabilities: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What probabilities (N, classes) say of each class.
+
+    Returns:
+        per_class: name -> share of its images that is recognised.
+        confusion: images [[...], ...], rows are true classes; of more than MATRIX classes cells, those that are not 0:
+            [[true class, predicted class, images], ...].
+    """
+    n = len(class_names)
+    cells, images = (labels * n + probabilities.argmax(dim=1)).cpu().unique(return_counts=True)
+    truth, guesses = cells // n, cells % n
+    of = torch.zeros(n, dtype=torch.long).index_add_(0, truth, images)
+    right = torch.zeros(n, dtype=torch.long).index_add_(0, truth, images * (truth == guesses))
+    found: dict[str, Any] = {"per_class": dict(zip(class_names, (right / of.clamp(min=1)).tolist(), strict=True))}
+    if n > MATRIX:
+        return found | {"cells": torch.stack([truth, guesses, images], dim=1).tolist()}
+    matrix = torch.zeros(n * n, dtype=torch.long).index_add_(0, cells, images).reshape(n, n)
+    return found | {"confusion": matrix.tolist()}
 
 
 def classification_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -186,17 +186,17 @@ def finetune_folder(
 
 
 def explain_folder(
-    config: PretrainConfig | FinetuneConfig, images: int, side: int, grey: bool, val: int = 0, init: str = "none"
+    config: PretrainConfig | FinetuneConfig, images: int, side: int, channels: int, val: int = 0, init: str = "none"
 ) -> str:
-    """What recipe folder chose and why, in one line; the arguments are those that it was made from, and `val` counts
-    the validation images that the folder itself has."""
+    """What recipe folder chose and why, in one line: `images` were found, of this median `side` and with so many
+    `channels`; `val` counts the validation images that the folder itself has."""
     assert config.img_size is not None
     (height, width), patch = config.img_size, config.patch_size
     judge = f"{val} images of the folder" if val else f"{config.val_fraction:.0%} held out by seed"
     size = f"from --init {init}" if init != "none" else f"near the median side {side}, between 32 and 224"
     return (
         f"chosen for {images} images: {height}x{width} pixels ({size}), {height // patch * (width // patch)} patches of"
-        f" {patch}x{patch}; {'1 channel' if grey else '3 channels'}; width {config.embed_dim}, {config.depth} blocks;"
+        f" {patch}x{patch}; {channels} channel{'s' * (channels > 1)}; width {config.embed_dim}, {config.depth} blocks;"
         f" {config.epochs} epochs in batches of {config.batch_size} (fewer images: a smaller model, more epochs);"
         f" {judge} for validation; mirrored: {'yes' if config.flip else 'no'}"
     )

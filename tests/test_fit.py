@@ -114,12 +114,66 @@ def test_a_fit_goes_on_where_it_was(fitted, photos, maelab: Maelab):
     assert "timing" not in ended.err and ended.err.count("done before") == 2
     assert json.loads((out / "scratch" / "result.json").read_text())["test"] == scratch["test"]
     assert again == first == json.loads((out / "fit.json").read_text())
-    other = maelab.run("fit", photos, "--minutes", 5, *ONE, cwd=work)
-    assert other.status == 2 and "with --minutes 0.02 instead of 5.0; use --overwrite" in other.err
+    other = maelab.run("fit", photos, "--minutes", 0.02, "--resize", "pad", *ONE, cwd=work)
+    assert other.status == 2 and "with --resize crop instead of pad; use --overwrite" in other.err
+    less = maelab.run("fit", photos, "--minutes", 0.01, *ONE, "--json", cwd=work)
+    assert less.json() == first and "holds a fit of 0.02 minutes; it stays as it is" in less.err
     (photos / "unlabelled" / "new.png").write_bytes((photos / "unlabelled" / "deeper" / "0.png").read_bytes())
     other = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=work)
     assert other.status == 2 and "with other images; use --overwrite" in other.err
     (photos / "unlabelled" / "new.png").unlink()
+
+
+def test_more_minutes_go_on_with_the_fit_that_lies_there(fitted, photos, maelab: Maelab, tmp_path):
+    work = Path(shutil.copytree(fitted[0], tmp_path / "work"))
+    out = work / "runs" / "fit-photos"
+    weights = [(out / "pretrain" / "checkpoints" / "last" / "model.safetensors").read_bytes()]
+    for number, minutes in enumerate((0.04, 0.06), 1):
+        ended = maelab.run("fit", photos, "--minutes", minutes, *ONE, "--json", cwd=work)
+        result, plan = ended.json(), json.loads((out / "plan.json").read_text())
+        assert (plan["minutes"], plan["spent"], plan["round"]) == (minutes, pytest.approx(minutes - 0.02), number)
+        assert f"plan for 0.02 minutes more, after {minutes - 0.02:g}: " in ended.err
+        assert result == json.loads((out / "fit.json").read_text()) and result["plan"] == plan
+        before = out / f"before-{number}"
+        assert (before / "checkpoints" / "last" / "model.safetensors").read_bytes() == weights[-1]
+        assert json.loads((out / "pretrain" / "result.json").read_text())["init"] == f"runs/fit-photos/before-{number}"
+        weights.append((out / "pretrain" / "checkpoints" / "last" / "model.safetensors").read_bytes())
+        assert [path.name for path in sorted(out.glob("before-*"))] == [f"before-{number}"]
+        again = maelab.run("fit", photos, "--minutes", minutes, *ONE, "--json", cwd=work)
+        assert again.json() == result and again.err.count("done before") == 3
+    assert len(set(weights)) == 3
+    ended = maelab.run("fit", photos, "--minutes", 0.02, "--overwrite", *ONE, "--json", cwd=work)
+    assert ended.json()["plan"].get("round", 0) == 0 and not list(out.glob("before-*"))
+
+
+def test_more_minutes_for_a_fit_that_was_stopped_before_there_was_anything(photos, maelab: Maelab, tmp_path):
+    out = tmp_path / "runs" / "fit-photos"
+    process = maelab.start("fit", photos, "--minutes", 3, *ONE, cwd=tmp_path)
+    process.wait_for(process.err, text="plan for 3 minutes")
+    process.signal(signal.SIGKILL)
+    process.wait()
+    assert (out / "plan.json").exists()
+    ended = maelab.run("fit", photos, "--minutes", 3.02, *ONE, "--json", cwd=tmp_path)
+    assert ended.status == 0 and ended.json()["plan"]["spent"] == 3.0, ended
+
+
+def test_two_folders_of_one_name_do_not_share_a_fit(photos, maelab: Maelab, tmp_path):
+    for place in "ab":
+        shutil.copytree(photos / "ship", tmp_path / place / "images")
+    for _ in range(2):
+        for place, name in (("a", "fit-images"), ("b", "fit-images-2")):
+            ended = maelab.run("fit", f"{place}/images", "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
+            assert ended.json()["fit"] == f"runs/{name}"
+
+
+def test_flags_of_a_fit_reach_its_runs(photos, maelab: Maelab, tmp_path):
+    flags = ("--resize", "squash", "--no-flip", "--img-size", 24, 40, "--group", r"cat/\d|ship/\d", "--seed", 3)
+    ended = maelab.run("fit", photos, "--minutes", 0.02, *flags, *ONE, "--json", cwd=tmp_path)
+    assert ended.status == 0, ended
+    for stage in ("pretrain", "finetune", "scratch"):
+        config = json.loads((tmp_path / "runs" / "fit-photos" / stage / "config.json").read_text())
+        asked = ("resize", "flip", "img_size", "group", "seed")
+        assert [config[name] for name in asked] == ["squash", False, [24, 40], r"cat/\d|ship/\d", 3]
 
 
 def test_a_fit_that_is_stopped_while_it_times_its_steps_promises_nothing(photos, maelab: Maelab, tmp_path):

@@ -103,7 +103,7 @@ def test_recipe_folder_fine_tunes_as_it_pretrains(images, grey):
         assert getattr(before, field) == getattr(after, field), field
     assert before.optimizer == "muon" and before.crop_padding == 72 // 8 and before.flip is not grey
     assert before.embed_dim == (96 if images < 5_000 else 192) and before.depth == (6 if images < 50_000 else 12)
-    text = recipes.explain_folder(before, images, 70, grey)
+    text = recipes.explain_folder(before, images, 70, 1 if grey else 3)
     assert f"chosen for {images} images: 72x72 pixels" in text and f"in batches of {before.batch_size}" in text
     assert text.endswith(f"mirrored: {'no' if grey else 'yes'}") and ("1 channel;" in text) is grey
 

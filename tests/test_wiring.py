@@ -92,8 +92,8 @@ AUGMENT: dict[str, Change] = {
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Change]] = {
     "pretrain": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
-        "init": ("mae",), "mask_ratio": (0.5,), "norm_pix_loss": (True,), "decoder_embed_dim": (24,), "decoder_depth": (2,),
-        "decoder_num_heads": (1,), "knn_every": (2,),
+        "init": ("mae",), "mask_ratio": (0.5,), "norm_pix_loss": (True,), "decoder_embed_dim": (24,),
+        "decoder_depth": (2,), "decoder_num_heads": (1,), "knn_every": (2,),
     },
     "finetune": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
         "init": ("mae",), "adapt_patch_embed": ("reinit", {"init": "grey"}),

@@ -38,6 +38,7 @@ def load(
     img_size: tuple[int, int] | None = None,
     in_chans: int | None = None,
     reading: Reading = AS_IT_IS,
+    faults: bool = True,
 ) -> Dataset:
     """Load a whole data set into memory, after downloading and verifying it if it must be.
 
@@ -48,10 +49,11 @@ def load(
             folder what `maelab.data.folder.load_folder` finds.
         in_chans: channels for the images of a folder; built-in sets keep their own.
         reading: how the files of a folder become images and labels.
+        faults: look for what in a folder ruins training, and say it.
     Raises: UsageError (unknown spec, unusable folder), RunError (no source delivered, too large for memory).
     """
     if spec.startswith("folder:"):
-        return load_folder(spec, img_size=img_size, in_chans=in_chans, reading=reading)
+        return load_folder(spec, img_size=img_size, in_chans=in_chans, reading=reading, faults=faults)
     if spec not in sources.NAMES:
         raise UsageError(f"there is no data set {spec!r}; {_nearest(spec)}")
     data = _load_built_in(spec, data_dir)

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,9 +54,12 @@ class Header(NamedTuple):
 
 
 def each(
-    work: Callable[[Path], _Result], files: list[File], root: Path, skipped: list[str]
+    work: Callable[[Path], _Result], files: list[File], root: Path, skipped: list[str], what: str
 ) -> Iterator[tuple[File, _Result]]:
-    """(file, work(file.path)) in order, in threads; a file that fails goes into `skipped` with its reason instead."""
+    """(file, work(file.path)) in order, in threads; a file that fails goes into `skipped` with its reason instead.
+
+    After 2 seconds stderr says `what` is being done, and then every 5 seconds how far it is.
+    """
 
     def attempt(file: File) -> tuple[_Result | None, str]:
         try:
@@ -63,10 +67,20 @@ def each(
         except Exception as error:  # decoders raise anything on damaged bytes, and one file must not end the run
             return None, why_unreadable(error, file.path)
 
+    begun, wait, done = time.monotonic(), 2.0, 0
     with careful(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), 256):  # results wait in memory
             some = files[start : start + 256]
             for file, (result, reason) in zip(some, pool.map(attempt, some), strict=True):
+                done += 1
+                if (passed := time.monotonic() - begun) > wait:
+                    wait = passed + 5
+                    left = passed / done * (len(files) - done)
+                    print(
+                        f"maelab: {what}: {done} of {len(files)}, {done / passed:.0f}/s, {left:.0f} s left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if result is None:
                     skipped.append(f"{file.path.relative_to(root)} ({reason})")
                 else:
@@ -86,7 +100,11 @@ def decode_each(
     files: list[File], size: tuple[int, int], channels: int, reading: Reading, root: Path, skipped: list[str]
 ) -> Iterator[tuple[File, tuple[np.ndarray, bytes]]]:
     """(file, (pixels, key)) as `each`."""
-    return each(lambda path: (decode(path, size, channels, reading), content_key(path)), files, root, skipped)
+
+    def work(path: Path) -> tuple[np.ndarray, bytes]:
+        return decode(path, size, channels, reading), content_key(path)
+
+    return each(work, files, root, skipped, "decoding images")
 
 
 def find_value_range(files: list[File], channels: int, root: Path) -> ValueRange | None:
@@ -109,7 +127,8 @@ def find_value_range(files: list[File], channels: int, root: Path) -> ValueRange
         return numbers if channels not in (1, 3) else numbers.reshape(-1, 1)
 
     apart = channels if channels not in (1, 3) else 1
-    samples = [numbers for _, numbers in each(sample, files, root, []) if numbers.shape[1] == apart]
+    read = each(sample, files, root, [], "looking for the range of values")
+    samples = [numbers for _, numbers in read if numbers.shape[1] == apart]
     if not samples:
         return None
     ranges = []

@@ -145,7 +145,7 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     def look(path: Path) -> tuple[Header, bytes]:
         return read_header(path), known.get(path) or content_key(path)
 
-    pairs = list(each(look, files, root, broken))
+    pairs = list(each(look, files, root, broken, "looking at images"))
     if not pairs:
         raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
     files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
@@ -180,6 +180,7 @@ def load_folder(
     img_size: tuple[int, int] | None = None,
     in_chans: int | None = None,
     reading: Reading = AS_IT_IS,
+    faults: bool = True,
 ) -> Dataset:
     """Load the images of "folder:PATH" into memory; the layouts are those of `maelab.data.layout`.
 
@@ -194,6 +195,7 @@ def load_folder(
         in_chans: channels. Default: those of most arrays that have neither 1 nor 3; without such, 1 if every image is
             stored as greyscale, otherwise 3.
         reading: how files become images and labels; a range of values that it lacks is found.
+        faults: look for what ruins training: see `maelab.data.faults`.
     Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
         than fits into memory).
     """
@@ -202,7 +204,7 @@ def load_folder(
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
     listed, class_names, given, notes = list_files(root, reading)
     skipped: list[str] = []
-    headers = list(each(read_header, listed, root, skipped))
+    headers = list(each(read_header, listed, root, skipped, "looking at images"))
     if not headers:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     files = [file for file, _ in headers]
@@ -231,10 +233,12 @@ def load_folder(
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
-    notes += (*_describe_range(reading), *describe_copies(parts, kept, root), *describe_counts(parts, class_names))
-    if reading.resize == "crop":
-        notes += (*describe_cropping([(header.height, header.width) for _, header in headers], (height, width)),)
-    notes += _look_at(images, parts, kept, root, image_md5)
+    notes += (*describe_copies(parts, kept, root),)
+    if faults:
+        notes += (*_describe_range(reading), *describe_counts(parts, class_names))
+        if reading.resize == "crop":
+            notes += (*describe_cropping([(header.height, header.width) for _, header in headers], (height, width)),)
+        notes += _look_at(images, parts, kept, root, image_md5)
     for line in notes:
         _say_once(line, image_md5)
     train = ~parts.val & ~parts.test & ~parts.left_out

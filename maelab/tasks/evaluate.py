@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from maelab.config import DataOptions
 from maelab.errors import UsageError
-from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse
+from maelab.inference import check_masking, class_probabilities, classification_scores, masked_mse, scores_by_class
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.runs import locate
 from maelab.training.checkpoint import choose_part, load_matching_data, load_model
@@ -32,8 +30,8 @@ def evaluate(
         options: where to compute.
 
     Returns:
-        {"run", "data", "split", "images"} and for a classifier "accuracy", "loss", "per_class" (name -> accuracy) and
-        "confusion" (rows: true classes), for an autoencoder "masked_mse", "loss" and "mask_ratio".
+        {"run", "data", "split", "images"} and for a classifier "accuracy", "loss" and what
+        `maelab.inference.scores_by_class` says, for an autoencoder "masked_mse", "loss" and "mask_ratio".
 
     Raises:
         UsageError, RunError: if the run cannot be read or the data does not fit it.
@@ -63,11 +61,5 @@ def evaluate(
                 f"{dataset.name} has other classes than the model was trained on: {theirs} instead of {ours}"
             )
         probabilities = class_probabilities(model, part)
-    n = len(dataset.class_names)
-    counts = torch.bincount(part.labels * n + probabilities.argmax(dim=1), minlength=n * n).reshape(n, n)
-    recall = (counts.diag() / counts.sum(dim=1).clamp(min=1)).tolist()
-    return (
-        result
-        | classification_scores(probabilities, part.labels)
-        | {"per_class": dict(zip(dataset.class_names, recall, strict=True)), "confusion": counts.tolist()}
-    )
+    scores = classification_scores(probabilities, part.labels)
+    return result | scores | scores_by_class(probabilities, part.labels, dataset.class_names)

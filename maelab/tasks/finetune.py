@@ -13,7 +13,7 @@ from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
 from maelab.data.augment import augment, mix
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
-from maelab.inference import class_probabilities, classification_scores, count_parameters
+from maelab.inference import class_probabilities, classification_scores, count_parameters, scores_by_class
 from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
 from maelab.training.checkpoint import ModelSpec, load_model
@@ -162,10 +162,7 @@ def finetune(
         with engine.autocast():
             probabilities = class_probabilities(model, test_set)
         assert test_set.labels is not None
-        guesses, truth = probabilities.argmax(dim=1), test_set.labels
-        counts = torch.bincount(truth * num_classes + guesses, minlength=num_classes**2).reshape(num_classes, -1).cpu()
-        recall = (counts.diag() / counts.sum(dim=1).clamp(min=1)).tolist()
-        by_class = {"per_class": dict(zip(data.class_names, recall, strict=True)), "confusion": counts.tolist()}
+        by_class = scores_by_class(probabilities, test_set.labels, data.class_names)
         result = {
             "task": "finetune",
             "data": data.name,
@@ -175,7 +172,7 @@ def finetune(
             "epochs": outcome.epochs,
             "params": count_parameters(model),
             "train_images": len(train_set),
-            "test": classification_scores(probabilities, truth) | by_class,
+            "test": classification_scores(probabilities, test_set.labels) | by_class,
             "val": outcome.val,
             "train": outcome.train,
             "best_epoch": outcome.best_epoch,
@@ -186,6 +183,7 @@ def finetune(
             with figures.optional("the picture curves.png could not be drawn"):
                 figures.curves(run.figure("curves"), read_metrics(folder), outcome.best_epoch)
             with figures.optional("the picture predictions.png could not be drawn"):
+                guesses, truth = probabilities.argmax(dim=1), test_set.labels
                 order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).to(truth.device)
                 fits = (guesses == truth)[order]  # shuffled, since the images of a folder lie class by class
                 wrong, right = order[~fits], order[fits]
@@ -194,8 +192,9 @@ def finetune(
                     run.figure("predictions"), scale(test_set.images[shown]).cpu(), truth[shown].tolist(),
                     probabilities[shown].cpu(), data.class_names,
                 )  # fmt: skip
-            with figures.optional("the picture confusion.png could not be drawn"):
-                figures.confusion(run.figure("confusion"), counts, data.class_names)
+            if "confusion" in by_class:
+                with figures.optional("the picture confusion.png could not be drawn"):
+                    figures.confusion(run.figure("confusion"), by_class["confusion"], data.class_names)
             with figures.optional("the tracker did not get the whole outcome"):
                 log_outcome(tracker, folder, result)
             run.finish(result)

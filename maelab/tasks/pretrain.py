@@ -151,7 +151,8 @@ def pretrain(
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {hidden} of them hidden;"
-            f" {count_parameters(model) / 1e6:.2f}M parameters{f' from {config.init}' if source else ''}; {hardware}; {folder}"
+            f" {count_parameters(model) / 1e6:.2f}M parameters{f' from {config.init}' if source else ''}; {hardware};"
+            f" {folder}"
         )
 
         following = config.knn_every > 0 and train_set.labels is not None

@@ -168,7 +168,7 @@ def load_matching_data(spec: ModelSpec, name: str | None, data_dir: Path | None)
     channels, size, reading = spec.arguments["in_chans"], tuple(spec.arguments["img_size"]), spec.reading
     if name and not _same(name, spec.data):  # the table and the groups are those of the model's own images
         reading = replace(reading, labels=None, group=None)
-    data = load(name or spec.data, data_dir=data_dir, img_size=size, in_chans=channels, reading=reading)
+    data = load(name or spec.data, data_dir=data_dir, img_size=size, in_chans=channels, reading=reading, faults=False)
     if data.reading.value_range != spec.reading.value_range:
         raise UsageError(
             f"{data.name} has images of more than 8 bits, and the model was trained on images of 8 bits: save them so"

@@ -99,7 +99,7 @@ def feed_image(content: bytes, place: Path) -> None:
 def feed_header(content: bytes, place: Path) -> None:
     file, skipped = File(place / "image.png", -1, "train"), list[str]()
     file.path.write_bytes(content)
-    for _, header in decode.each(decode.read_header, [file], place, skipped):
+    for _, header in decode.each(decode.read_header, [file], place, skipped, "looking"):
         assert header.height > 0 and header.width > 0
     scan(f"folder:{place}")
 
