@@ -124,14 +124,17 @@ def _config(kind: Any, recipe: str, typed: dict[str, Any]) -> tuple[Any, str]:
     config = replace(recipes.get(task, recipe), **typed)
     if recipe == "folder":
         config = replace(_for_folder(task, config, typed), **typed)
-    if isinstance(config, FinetuneConfig) and config.init != "none":
+    if config.init != "none":
         from maelab.tasks.finetune import with_encoder_of
+        from maelab.tasks.pretrain import with_shape_of
         from maelab.training.checkpoint import read_spec
 
-        fitting = with_encoder_of(config, read_spec(config.init))
+        like = with_shape_of if isinstance(config, PretrainConfig) else with_encoder_of
+        fitting = like(config, read_spec(config.init))  # type: ignore[arg-type]
         for name, given in typed.items():
             if given != (needed := getattr(fitting, name)):
-                hint = "; --adapt-patch-embed resize makes it fit" if name == "patch_size" else ""
+                resizes = name == "patch_size" and task == "finetune"
+                hint = "; --adapt-patch-embed resize makes it fit" if resizes else ""
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} {given} does not fit --init {config.init}, which has {needed}{hint}")
     return config, recipe

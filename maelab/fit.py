@@ -23,7 +23,7 @@ from maelab.config import (
     check_count,
 )
 from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
-from maelab.data.folder import Found, scan
+from maelab.data.folder import Found, say_once, scan
 from maelab.errors import RunError, UsageError
 from maelab.files import read_json
 from maelab.inference import class_probabilities, classification_scores, masked_mse
@@ -170,6 +170,8 @@ def _recall(out: Path, plan: dict[str, Any], asked: dict[str, Any], overwrite: b
         if name != "minutes" and (before := plan.get(name, _UNSAID.get(name))) != value:
             other.append(names.get(name) or f"--{name.replace('_', '-')} {before} instead of {value}")
     if not plan or not (other or overwrite):
+        if plan and not _is_count(plan.get("minutes")):
+            raise RunError(f"{out / PLAN} is damaged (minutes); --overwrite begins anew")
         if plan and asked["minutes"] < plan["minutes"]:
             say(f"{out} holds a fit of {plan['minutes']:g} minutes; it stays as it is")
         return plan
@@ -178,6 +180,10 @@ def _recall(out: Path, plan: dict[str, Any], asked: dict[str, Any], overwrite: b
         raise UsageError(f"{out} holds a fit with {said}; use --overwrite, or another --out")
     replace_collection(out, FILES)
     return {}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _start_of(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
@@ -248,6 +254,8 @@ def _plan(
     loading = time.perf_counter()
     data = load(before.data, img_size=before.img_size, reading=reading_of(before))
     loading = time.perf_counter() - loading
+    for line in data.faults:
+        say_once(line, data.name)
     say(f"{recipes.explain_folder(before, images, found.side, found.channels, found.val)}; timing a few steps")
     stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
     for config, share in ((before, 0.5), (after, 0.25))[: 1 + labelled]:
@@ -277,7 +285,7 @@ def _plan(
         }
         for name, (config, n, n_val, step, beside) in zip(("pretrain", "finetune"), stages, strict=False)
     }  # fmt: skip
-    return {**asked, **start, "notes": list(data.notes), "measured": rates} | chosen
+    return {**asked, **start, "faults": list(data.faults), "measured": rates} | chosen
 
 
 def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
@@ -410,6 +418,8 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
             configs["scratch"] = read("finetune", FinetuneConfig)
         if plan["pretrain"].get("init", "none") != "none":  # its name within the folder
             configs["pretrain"] = read("pretrain", PretrainConfig, init=str(out / plan["pretrain"]["init"]))
+        if not (_is_count(plan.get("spent", 0)) and type(plan.get("round", 0)) is int):
+            raise ValueError("spent or round")
         _explain_plan(plan)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise RunError(f"{out / PLAN} is damaged ({error}); --overwrite begins anew") from error

@@ -19,14 +19,14 @@ from maelab.errors import UsageError
 
 
 def notes(root: Path, word: str, **more: object) -> list[str]:
-    return [line for line in load(f"folder:{root}", **more).notes if word in line]  # type: ignore[arg-type]
+    return [line for line in load(f"folder:{root}", **more).faults if word in line]  # type: ignore[arg-type]
 
 
 def test_a_good_folder_hears_nothing(cifar_small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part, n in (("train", 12), ("test", 4)):
         write_folder(tmp_path / part, getattr(cifar_small, part), cifar_small.class_names, n)
     data = load(f"folder:{tmp_path}")
-    assert data.notes == () and capsys.readouterr().err == ""
+    assert data.faults == () and capsys.readouterr().err == ""
 
 
 def test_test_images_that_look_like_training_images_are_named(cifar_small: Dataset, tmp_path: Path) -> None:

@@ -233,14 +233,14 @@ def load_folder(
     if not kept:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     parts = share_out(kept, keys, class_names, given)
-    notes += (*describe_copies(parts, kept, root),)
+    for line in (*notes, *describe_copies(parts, kept, root)):
+        say_once(line, spec)
+    found: list[str] = []
     if faults:
-        notes += (*_describe_range(reading), *describe_counts(parts, class_names))
+        found += [*_describe_range(reading), *describe_counts(parts, class_names)]
         if reading.resize == "crop":
-            notes += (*describe_cropping([(header.height, header.width) for _, header in headers], (height, width)),)
-        notes += _look_at(images, parts, kept, root, image_md5)
-    for line in notes:
-        _say_once(line, image_md5)
+            found += describe_cropping([(header.height, header.width) for _, header in headers], (height, width))
+        found += _look_at(images, parts, kept, root, image_md5)
     train = ~parts.val & ~parts.test & ~parts.left_out
     for label, class_name in enumerate(class_names):
         if not bool((train & (parts.labels == label)).any()):
@@ -248,7 +248,7 @@ def load_folder(
     if skipped:
         named = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         said = f"maelab: skipped {len(skipped)} of {len(skipped) + len(kept)} images: {named}"
-        _say_once(said.removeprefix("maelab: "), image_md5)
+        say_once(said.removeprefix("maelab: "), spec)
     checksums = {"images": image_md5, "files": _md5(parts.keys.numpy())}
     if class_names:
         checksums["labels"] = _md5(parts.labels.numpy())
@@ -274,7 +274,7 @@ def load_folder(
     held_out = bool(class_names) and not given
     return Dataset(
         spec, training, test, class_names, checksums, tuple(skipped), unlabelled, listing, held_out, val, reading,
-        notes,
+        tuple(found),
     )  # fmt: skip
 
 
@@ -290,9 +290,10 @@ def _look_at(images: np.ndarray, parts: Parts, files: list[File], root: Path, md
     return _looked[key]
 
 
-def _say_once(line: str, md5: str) -> None:
-    if (line, md5) not in _said:
-        _said.add((line, md5))
+def say_once(line: str, spec: str) -> None:
+    """A line for people on stderr about a folder, once in a process."""
+    if (line, spec) not in _said:
+        _said.add((line, spec))
         print(visible(f"maelab: {line}"), file=sys.stderr)
 
 

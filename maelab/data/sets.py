@@ -101,7 +101,7 @@ class Dataset:
         held_out: whether the test part was held out of the training images, because the folder has no test/.
         val: the validation part, where the folder itself has one.
         reading: how the files of a folder became these images, with the range of values that was found.
-        notes: what a person should know of a folder, each in a line.
+        faults: what in a folder ruins training, each in a line; see `maelab.data.faults`.
     """
 
     name: str
@@ -115,4 +115,4 @@ class Dataset:
     held_out: bool = False
     val: ImageSet | None = None
     reading: Reading = AS_IT_IS
-    notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()

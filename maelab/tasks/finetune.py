@@ -12,6 +12,7 @@ from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
 from maelab.data.augment import augment, mix
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
+from maelab.data.folder import say_once
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters, scores_by_class
 from maelab.model import VisionTransformer
@@ -129,6 +130,8 @@ def finetune(
         folder = run.folder
         if run.result:
             return folder, run.result
+        for line in data.faults:
+            say_once(line, data.name)
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )

@@ -12,6 +12,7 @@ from maelab.config import PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, limit, load, reading_of, training_sets
 from maelab.data.augment import augment
 from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
+from maelab.data.folder import say_once
 from maelab.errors import UsageError
 from maelab.inference import (
     caption,
@@ -146,6 +147,8 @@ def pretrain(
         folder = run.folder
         if run.result:
             return folder, run.result
+        for line in data.faults:
+            say_once(line, data.name)
         train_set, val_set = (part.to(engine.device) for part in training_sets(data, config, unlabelled=True))
         trivial = mean_predictor_mse(train_set, config.norm_pix_loss, config.patch_size)
         say(
