@@ -310,6 +310,8 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """stochastic depth: rate of the last block"""
     patch_drop: float = 0.0
     """leave this share of the patches out of each training step (arXiv 2208.07220); 0 shows them all"""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: images of rare classes weigh more in the loss, so that each class counts alike"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes"""
     mixup: float = 0.0

@@ -8,11 +8,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from maelab import figures, recipes
+from maelab import recipes
 from maelab.config import (
     ComputeOptions,
     FinetuneConfig,
@@ -27,17 +27,15 @@ from maelab.data.folder import Found, say_once, scan
 from maelab.errors import RunError, UsageError
 from maelab.files import read_json
 from maelab.inference import class_probabilities, classification_scores, masked_mse
-from maelab.names import shell_word
-from maelab.report import report
 from maelab.runs import find_checkpoint, open_collection, replace_collection, write_json
 from maelab.runs import folder as folders
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
-from maelab.tasks.reconstruct import reconstruct
 from maelab.training.capture import WARM_UP
 from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import console, in_words, say
+from maelab.verdict import judge
 
 STAGES = ("pretrain", "finetune", "scratch")
 PLAN, ENTRIES = "plan.json", frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
@@ -47,9 +45,15 @@ FILES = (  # all that a fit writes; the plan goes last
     *(f"{stage}/{file}" for stage in (*STAGES, BEFORE.format("*")) for file in folders.RUN), folders.LOCK, PLAN,
 )  # fmt: skip
 _TO_SPEND = 0.92  # of the time left: rates vary while others use the machine
-_FEW = 30  # test images, below which nothing is said
 _LONGEST = 60 * 24 * 365  # minutes
-_UNSAID: dict[str, Any] = {"labels": None, "group": None, "img_size": None, "resize": "crop", "flip": None}
+_UNSAID: dict[str, Any] = {
+    "labels": None,
+    "group": None,
+    "img_size": None,
+    "resize": "crop",
+    "flip": None,
+    "class_weights": "none",
+}
 _MANY = 10  # times the epochs of the recipe, at most, for pretraining
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
@@ -65,6 +69,7 @@ def fit(
     img_size: tuple[int, int] | None = None,
     resize: Resize = "crop",
     flip: bool | None = None,
+    class_weights: Literal["none", "balanced"] = "none",
     out: Path | None = None,
     overwrite: bool = False,
     options: ComputeOptions | None = None,
@@ -87,6 +92,7 @@ def fit(
         img_size: height and width to train at; None is near the median of the images.
         resize: how an image comes to that size: crop cuts off what exceeds it, pad puts black around, squash distorts.
         flip: whether images are mirrored at random; None mirrors coloured ones.
+        class_weights: balanced: images of rare classes weigh more in the loss, so that each class counts alike.
         out: folder for runs, page and verdict; None is runs/fit-NAME, with a number where that is another folder's.
         overwrite: begin anew where the folder holds another fit.
         options: where to compute.
@@ -114,6 +120,7 @@ def fit(
         raise UsageError(f"--out {out} lies among your images in {folder}; give --out a folder elsewhere")
     asked: dict[str, Any] = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "labels": labels}
     asked |= {"group": group, "img_size": img_size and list(img_size), "resize": resize, "flip": flip}
+    asked["class_weights"] = class_weights
     found = scan(asked["data"], reading_of(ReadingConfig(labels=labels, group=group, resize=resize)))
     for line in found.lines():
         say(line)
@@ -138,7 +145,7 @@ def fit(
                 _, results[stage] = pretraining.pretrain(config, options=place, recipe="folder")
             else:
                 _, results[stage] = finetuning.finetune(config, options=place, recipe="folder")
-        result = _judge(found, plan, out, results, runs)
+        result = judge(found, plan, out, results, runs)
         write_json(out / "fit.json", result)
     return result
 
@@ -240,8 +247,8 @@ def _plan(
     budget = 60 * (asked["minutes"] - start.get("spent", 0))
     labelled = len(found.classes) > 1
     images = found.labelled + found.unlabelled
-    common: dict[str, Any] = {name: asked.get(name, value) for name, value in _UNSAID.items() if name != "img_size"}
-    common = {k: v for k, v in common.items() if v is not None} | {"data": asked["data"], "seed": asked["seed"]}
+    both = ("labels", "group", "resize", "flip", "data", "seed")
+    common: dict[str, Any] = {name: asked[name] for name in both if asked.get(name) is not None}
     size = tuple(asked["img_size"]) if asked.get("img_size") else None
     before = recipes.pretrain_folder(images, found.side, found.grey, img_size=size)
     after = recipes.finetune_folder(found.labelled, found.side, found.grey, img_size=size)
@@ -249,7 +256,7 @@ def _plan(
         common["val_fraction"] = after.val_fraction
     before = replace(before, **common, knn_every=0)
     shape = {field: getattr(before, field) for field in ("embed_dim", "depth", "num_heads")}
-    after = replace(after, **common, **shape)
+    after = replace(after, **common, **shape, class_weights=asked.get("class_weights", "none"))
 
     loading = time.perf_counter()
     data = load(before.data, img_size=before.img_size, reading=reading_of(before))
@@ -442,147 +449,3 @@ def _explain_plan(plan: dict[str, Any]) -> str:
     more = plan["minutes"] - plan.get("spent", 0)
     time_ = f"{more:g} minutes more, after {plan['spent']:g}" if plan.get("spent") else f"{more:g} minutes"
     return f"plan for {time_}: {', '.join(said)}{twice}"
-
-
-# ------------------------------------------------------------------------------------------------------------- verdict
-
-
-def _judge(
-    found: Found, plan: dict[str, Any], out: Path, results: dict[str, Any], options: RunOptions
-) -> dict[str, Any]:
-    """Draw the picture, build the page, and say what came out."""
-    picture, page = out / "reconstruction.png", out / "report.html"
-    if not picture.exists():
-        with figures.optional(f"the picture {picture} could not be drawn"):
-            reconstruct(out / "pretrain", out=picture, options=options)
-    with figures.optional(f"the page {page} could not be built"):
-        report([out / stage for stage in sorted(results)], out=page)
-    error, trivial = results["pretrain"]["val"]["masked_mse"], results["pretrain"]["mean_predictor_loss"]
-    result: dict[str, Any] = {
-        "fit": str(out),
-        "found": {f.name: getattr(found, f.name) for f in dataclasses.fields(found)},
-        "plan": plan,
-        "pretrain": {"run": str(out / "pretrain"), "masked_mse": error, "mean_predictor_mse": trivial},
-        "reconstruction": str(picture),
-        "report": str(page),
-        "model": None,
-    }
-    rebuilt = (
-        f"The autoencoder rebuilds hidden patches with an error of {error:.3f} on validation images, guessing the mean"
-        f" image has {trivial:.3f}."
-    )
-    rebuilt += " So it is no better than the mean image." if error >= trivial else ""
-    if "finetune" not in plan:
-        encoder = shell_word(str(out / "pretrain"))
-        why = "has only one class" if found.classes else "has no classes"
-        return result | {
-            "verdict": f"{rebuilt} The folder {why}, so there is no classifier yet.",
-            "next": (
-                "sort some images of each class into a sub-folder of its own, leave the others in a sub-folder"
-                f" unlabelled/, and run maelab fit again; or maelab finetune folder --init {encoder}"
-                " --data folder:LABELLED"
-            ),
-        }
-    tuned, scratch = results["finetune"], results["scratch"]
-    choose = ("accuracy", "loss")
-    better = (tuned["val"][choose[0]], -tuned["val"][choose[1]]) >= (
-        scratch["val"][choose[0]], -scratch["val"][choose[1]],
-    )  # fmt: skip
-    stage = "finetune" if better else "scratch"
-    confusion = torch.tensor(results[stage]["test"]["confusion"])
-    names, n = list(results[stage]["test"]["per_class"]), int(confusion.sum())
-    n_val = plan["measured"]["finetune"]["validation_images"]
-    a, b = tuned["test"]["accuracy"], scratch["test"]["accuracy"]
-    noise = math.sqrt(_variance(a, n) + _variance(b, n))
-    pairs = _confused(confusion, names)
-    result |= {
-        "val": {"images": n_val, "pretrained": tuned["val"]["accuracy"], "scratch": scratch["val"]["accuracy"]},
-        "test": {"images": n, "pretrained": a, "scratch": b},
-        "difference": a - b,
-        "standard_error": noise,
-        "beyond_noise": abs(a - b) > 2 * noise,
-        "confused": pairs,
-        "chosen": stage,
-        "model": str(out / stage),
-        "next": f"maelab predict {shell_word(str(out / stage))} IMAGE...",
-    }
-    result |= _beside_guessing(confusion, names)
-    return result | {"verdict": f"{_usefulness(result)} {_verdict(result, found, plan)} {rebuilt}"}
-
-
-def _beside_guessing(confusion: torch.Tensor, names: list[str]) -> dict[str, Any]:
-    """What counts (true, guessed) on test say of a model beside always naming the commonest class there."""
-    of, right = confusion.sum(dim=1), confusion.diag()
-    n, most = int(of.sum()), int(of.argmax())
-    gained, lost = int(right.sum() - right[most]), int(of[most] - right[most])  # where only one of them is right
-    return {
-        "accuracy": int(right.sum()) / n,
-        "balanced_accuracy": float((right[of > 0] / of[of > 0]).mean()),
-        "uneven": bool(of.max() > 2 * of[of > 0].min()),
-        "recall": {name: int(right[k]) / int(of[k]) for k, name in enumerate(names) if of[k]},
-        "majority": {"class": names[most], "accuracy": int(of[most]) / n},
-        # two standard errors of the difference, by McNemar (1947); nothing is said of a handful
-        "better_than_guessing": None if n < _FEW else gained - lost > 2 * math.sqrt(gained + lost),
-    }
-
-
-def _usefulness(result: dict[str, Any]) -> str:
-    """Whether the model is any good."""
-    n, better, majority = result["test"]["images"], result["better_than_guessing"], result["majority"]
-    said = f"The model is right on {result['accuracy']:.1%} of {n} test images"
-    said += f"; always saying {majority['class']} would be right on {majority['accuracy']:.1%}."
-    if better is None:
-        said += f" {n} test images are too few to say whether it is any good: {_FEW} are the least."
-    elif not better:
-        said += " That is no better than guessing."
-    if result["uneven"]:
-        worst = min(result["recall"], key=result["recall"].__getitem__)
-        said += f" Classes are uneven; each counted alike, it is right on {result['balanced_accuracy']:.1%}"
-        said += f", least on {worst}: {result['recall'][worst]:.1%}."
-    return said
-
-
-def _variance(accuracy: float, n: int) -> float:
-    """Of a share of n images; one right and one wrong are added, so that 0 or 1 of few images is not taken as sure."""
-    share = (accuracy * n + 1) / (n + 2)
-    return share * (1 - share) / n
-
-
-def _confused(confusion: torch.Tensor, names: list[str]) -> list[dict[str, Any]]:
-    """The three most frequent mistakes of counts (true, guessed): class, what it was taken for, how often."""
-    wrong = confusion - confusion.diag().diag()
-    order = wrong.flatten().argsort(descending=True, stable=True)[:3].tolist()
-    cells = [divmod(i, len(names)) for i in order]
-    return [
-        {"class": names[i], "taken_for": names[j], "times": int(wrong[i, j]), "of": int(confusion[i].sum())}
-        for i, j in cells
-        if wrong[i, j] > 0
-    ]
-
-
-def _verdict(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
-    test, val, points = result["test"], result["val"], 100 * result["difference"]
-    a, b, n = test["pretrained"], test["scratch"], test["images"]
-    what = f"{'helped' if points > 0 else 'hurt'} by {abs(points):.1f} points"
-    what = what if result["beyond_noise"] else "made no clear difference"
-    if any(plan[stage]["limit"] for stage in plan["measured"]):
-        hurry = "The time was too short to see every image even once: give more --minutes."
-    else:
-        hurry = ""
-    head = f"Pretraining {what} on test (n = {n}): {a:.1%} right with it, {b:.1%}"
-    head += f" for the same model trained from scratch with the same fine-tuning (epochs: {plan['finetune']['epochs']})"
-    chance = f"two standard errors of the difference are {200 * result['standard_error']:.1f} points"
-    if result["beyond_noise"]:
-        noise = f"That is more than chance in the choice of {n} test images explains ({chance}), for one seed."
-    else:
-        noise = f"That is within the noise of so few test images: {chance}."
-    where = "held out of your images by their content, as there is no test/" if found.held_out else "those in test/"
-    chosen = "the pretrained model" if result["chosen"] == "finetune" else "the model trained from scratch"
-    said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
-    said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch) {chosen} was chosen."
-    if result["confused"]:
-        pairs = [f"{p['class']} taken for {p['taken_for']} ({p['times']} of {p['of']})" for p in result["confused"]]
-        said += f" It confuses most, on test: {', '.join(pairs)}."
-    else:
-        said += " It made no mistake on test."
-    return f"{head}. {noise} {said} {hurry}".rstrip()

@@ -131,8 +131,15 @@ data = lines(lambda result: (f"{name}: verified, in {place}" for name, place in 
 @lines
 def fitted(result: dict[str, Any]) -> Iterator[str]:
     yield result["verdict"]
-    for title, key in (("next", "next"), ("page", "report"), ("picture", "reconstruction"), ("model", "model")):
-        if result[key]:
+    yield ""
+    for title, key in (
+        ("next", "next"),
+        ("page", "report"),
+        ("picture", "reconstruction"),
+        ("mistakes", "mistakes"),
+        ("model", "model"),
+    ):
+        if result.get(key):
             yield f"{title}: {result[key]}"
 
 

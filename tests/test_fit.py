@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from markupsafe import escape
 from PIL import Image
 from processes import Maelab
 
 from maelab import recipes
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
-from maelab.fit import _batch_size, _confused, _fitted, _variance
+from maelab.fit import _batch_size, _fitted
+from maelab.verdict import _cells, _confused, _variance
 
 ONE = ("--threads", 1)
 NARROW = ("--embed-dim", 24, "--depth", 1, "--num-heads", 1)
@@ -90,9 +91,15 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert result["model"] == f"runs/fit-photos/{best}"
     assert f"on test (n = {n})" in result["verdict"] and "within the noise" in result["verdict"]
     assert result["verdict"].startswith("The model is right on ")
-    assert ". Pretraining made no clear difference on test" in result["verdict"]
+    good, following, worth = result["verdict"].split("\n\n")
+    assert worth.startswith("Pretraining made no clear difference on test") and "To use it: maelab predict" in following
     assert "held out of your images by their content" in result["verdict"]
     page = (out / "report.html").read_text()
+    places = [page.index(escape(part)) for part in (good, following, worth)]
+    assert places == sorted(places) and places[-1] < page.index("<nav") and "<h1>maelab fit: photos</h1>" in page
+    wrong = result["accuracy"] < 1
+    assert ("test images that it gets wrong" in page.lower()) is wrong is (out / "mistakes.png").exists()
+    assert (result["mistakes"] == str(Path("runs/fit-photos/mistakes.png"))) is wrong
     assert "3 finished runs (1 pretraining, 2 fine-tuning)" in page
     with Image.open(work / result["reconstruction"]) as picture:
         assert picture.width > 100
@@ -168,10 +175,12 @@ def test_two_folders_of_one_name_do_not_share_a_fit(photos, maelab: Maelab, tmp_
 
 def test_flags_of_a_fit_reach_its_runs(photos, maelab: Maelab, tmp_path):
     flags = ("--resize", "squash", "--no-flip", "--img-size", 24, 40, "--group", r"cat/\d|ship/\d", "--seed", 3)
+    flags += ("--class-weights", "balanced")
     ended = maelab.run("fit", photos, "--minutes", 0.02, *flags, *ONE, "--json", cwd=tmp_path)
     assert ended.status == 0, ended
     for stage in ("pretrain", "finetune", "scratch"):
         config = json.loads((tmp_path / "runs" / "fit-photos" / stage / "config.json").read_text())
+        assert config.get("class_weights", "balanced") == "balanced"
         asked = ("resize", "flip", "img_size", "group", "seed")
         assert [config[name] for name in asked] == ["squash", False, [24, 40], r"cat/\d|ship/\d", 3]
 
@@ -316,5 +325,5 @@ def test_in_little_time_batches_are_smaller(largest, step, seconds, batch):
 
 def test_noise_and_confusion():
     assert _variance(0.5, 100) == pytest.approx(0.0025) and _variance(1.0, 10) > 0.005
-    pairs = _confused(torch.tensor([[5, 1, 0], [3, 2, 0], [0, 0, 5]]), ["a", "b", "c"])
+    pairs = _confused(_cells({"confusion": [[5, 1, 0], [3, 2, 0], [0, 0, 5]]}), ["a", "b", "c"])
     assert [(p["class"], p["taken_for"], p["times"], p["of"]) for p in pairs] == [("b", "a", 3, 5), ("a", "b", 1, 6)]

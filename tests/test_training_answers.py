@@ -34,6 +34,28 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return calls
 
 
+def test_balanced_classes_weigh_alike_in_the_loss(digits_folder):
+    """One class has three images, another fifteen; labels are smoothed."""
+    data = load(f"folder:{digits_folder}")
+    labels = data.train.labels
+    assert labels is not None
+    rows = torch.cat([(labels == k).nonzero()[: (3, 15)[k], 0] for k in (0, 1)])
+    train_set = data.train[rows]
+    config = replace(recipes.finetune_smoke(), class_weights="balanced", batch_size=18, label_smoothing=0.1)
+    step, plain = (finetune.make_step(replace(config, class_weights=w), train_set, 2) for w in ("balanced", "none"))
+    logits = torch.randn(18, 2, generator=torch.Generator().manual_seed(0))
+    images, targets = step.batch(0, 0, 1)
+    weight = [18 / (2 * 3), 18 / (2 * 15)]
+    expected = (
+        sum(-weight[k] * float(targets[i, k]) * float(logits[i].log_softmax(0)[k]) for i in range(18) for k in range(2))
+        / 18
+    )
+    assert float(step.loss(lambda _: logits, images, targets)["loss"]) == pytest.approx(expected, rel=1e-5)
+    unweighted = float(torch.nn.functional.cross_entropy(logits, targets))
+    assert float(plain.loss(lambda _: logits, images, targets)["loss"]) == pytest.approx(unweighted)
+    assert finetune.balanced_weights(torch.tensor([0, 0, 2]), 3).tolist() == pytest.approx([0.5, 0.0, 1.0])
+
+
 def test_the_figures_of_a_fine_tuning_show_its_test_images(digits_folder, tmp_path, drawn, monkeypatch):
     """Validation prefers epoch 1; of 3 images one was taken for another class."""
 

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from maelab.errors import RunError, UsageError
 from maelab.names import visible
+from maelab.report.figures import data_uri
 from maelab.report.groups import command, load, sweep_command
 from maelab.report.pieces import Material
 from maelab.report.sections import sections
@@ -32,6 +33,26 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
     Raises:
         UsageError: if a folder does not exist or holds no run, or `out` is a folder.
         RunError: if no run can be read, or the page cannot be written.
+    """
+    return build_page(folders, out=out, figures=figures)
+
+
+def build_page(
+    folders: Sequence[Path],
+    *,
+    out: Path,
+    figures: Path | None = None,
+    title: str = "",
+    lead: Sequence[str] = (),
+    pictures: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """What `report` does.
+
+    Args:
+        folders, out, figures: see there.
+        title: of the page; "" names the folders.
+        lead: paragraphs for the top of the page.
+        pictures: caption -> image file, below them.
     """
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give the name of a file")
@@ -58,7 +79,11 @@ def report(folders: Sequence[Path], *, out: Path = Path("report.html"), figures:
         lstrip_blocks=True,
     )
     environment.tests["numbers"] = lambda cell: isinstance(cell, tuple)
+    first = [(caption, data_uri(file.read_bytes())) for caption, file in (pictures or {}).items()]
     page = environment.get_template("page.html.j2").render(
+        title=title,
+        lead=lead,
+        pictures=first,
         sections=parts,
         runs=runs,
         commands={run.number: command(run) for run in runs},

@@ -65,10 +65,27 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
     return ModelSpec("VisionTransformer", arguments, data.name, data.class_names, reading=data.reading)
 
 
+def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """What an image of each class weighs so that all classes weigh alike and the mean image 1, as scikit-learn's
+    "balanced": N / (num_classes * images of the class).
+
+    Args:
+        labels: int64 (N,).
+        num_classes: how many there are; one without an image weighs nothing.
+
+    Returns:
+        float32 (num_classes,), on the device of the labels.
+    """
+    count = labels.bincount(minlength=num_classes)
+    return torch.where(count > 0, len(labels) / (num_classes * count.clamp(min=1)), 0.0).float()
+
+
 def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> Step:
     """A training step on `train_set`: its batch and loss."""
     labels = train_set.labels
     assert labels is not None
+
+    weight = balanced_weights(labels, num_classes) if config.class_weights == "balanced" else None
 
     def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = batch_index(len(train_set), config.batch_size, config.seed, step)
@@ -83,7 +100,7 @@ def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> 
     def loss(model: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = model(images).float()  # (b, classes)
         right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
-        return {"loss": F.cross_entropy(logits, targets), "accuracy": right}
+        return {"loss": F.cross_entropy(logits, targets, weight), "accuracy": right}
 
     return Step(batch, loss)
 

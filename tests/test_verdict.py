@@ -1,19 +1,16 @@
-"""What `maelab fit` plans and concludes, from rates and results whose numbers all differ, without training anything."""
+"""What `maelab fit` concludes, from results whose numbers all differ, without training anything."""
 
 import math
-import shutil
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from maelab import fit, recipes
-from maelab.config import FinetuneConfig, RunOptions
-from maelab.data import load, training_sets
-from maelab.data.folder import Found, scan
-from maelab.errors import UsageError
+from maelab import verdict
+from maelab.config import RunOptions
+from maelab.data.folder import Found
+from maelab.inference import scores_by_class
 
 # ------------------------------------------------------------------------------------------------------------- verdict
 
@@ -50,12 +47,13 @@ def counts(wrong: int, of: int = 400) -> list[list[int]]:
 
 PLAN: dict[str, Any] = {
     "minutes": 3,
+    "data": "folder:/images",
     "measured": {
         "pretrain": {"images": 1970, "images_per_s": 9.0},
         "finetune": {"images": 1840, "validation_images": 97},
     },
     "pretrain": {"limit": None, "epochs": 4},
-    "finetune": {"limit": None, "epochs": 6},
+    "finetune": {"limit": None, "epochs": 6, "img_size": [32, 32]},
 }
 
 
@@ -63,7 +61,7 @@ def judge(tuned: dict[str, Any], scratch: dict[str, Any], out: Path, **changes: 
     """The verdict on runs of which only the results are there, so that the picture and the page are left out."""
     pretrain = {"val": {"masked_mse": 0.125, "loss": 0.25}, "train": {"masked_mse": 0.0625}, "mean_predictor_loss": 0.5}
     results = {"pretrain": pretrain, "finetune": tuned, "scratch": scratch}
-    return fit._judge(found(), {**PLAN, **changes}, out, results, RunOptions())
+    return verdict.judge(found(), {**PLAN, **changes}, out, results, RunOptions())
 
 
 def test_every_number_of_a_verdict_comes_from_its_place(tmp_path, capsys):
@@ -91,7 +89,7 @@ def test_every_number_of_a_verdict_comes_from_its_place(tmp_path, capsys):
         "error of 0.125 on validation images, guessing the mean image has 0.500.",
     ):
         assert said in result["verdict"], said
-    assert "give more --minutes" not in result["verdict"] and "could not be drawn" in capsys.readouterr().err
+    assert "even once" not in result["verdict"] and "could not be drawn" in capsys.readouterr().err
 
 
 def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
@@ -100,7 +98,7 @@ def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
     def begins(confusion: list[list[int]]) -> tuple[bool | None, str]:
         result = judge(outcome(0.8, 0.5, confusion), outcome(0.7, 0.5, confusion), tmp_path)
         assert result["accuracy"] == pytest.approx(sum(confusion[k][k] for k in range(3)) / sum(map(sum, confusion)))
-        return result["better_than_guessing"], result["verdict"].split(" Pretraining ")[0]
+        return result["better_than_guessing"], result["verdict"].split(" It confuses most")[0]
 
     better, said = begins([[190, 0, 0], [5, 1, 0], [4, 0, 0]])
     assert better is False and said == (
@@ -119,7 +117,7 @@ def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
 def test_an_autoencoder_worse_than_the_mean_is_called_that(tmp_path):
     pretrain = {"val": {"masked_mse": 0.5}, "mean_predictor_loss": 0.5}
     results = {"pretrain": pretrain, "finetune": outcome(0.7, 1, counts(9)), "scratch": outcome(0.7, 1, counts(9))}
-    said = fit._judge(found(), PLAN, tmp_path, results, RunOptions())["verdict"]
+    said = verdict.judge(found(), PLAN, tmp_path, results, RunOptions())["verdict"]
     assert said.endswith("guessing the mean image has 0.500. So it is no better than the mean image.")
 
 
@@ -174,143 +172,82 @@ def test_the_noise_is_of_both_accuracies(tmp_path):
 def test_a_verdict_says_when_not_every_image_was_seen(stage, tmp_path):
     changes = {stage: {**PLAN[stage], "limit": 50}}
     result = judge(outcome(0.7, 1, counts(9)), outcome(0.7, 1, counts(9)), tmp_path, **changes)
-    assert result["verdict"].endswith("has 0.500.") and "see every image even once: give more --mi" in result["verdict"]
+    assert result["verdict"].endswith("has 0.500.") and "no time to see every image even once" in result["verdict"]
 
 
 def test_the_picture_and_the_page_are_of_the_runs_and_computed_as_asked(tmp_path, monkeypatch):
     drawn: list[Any] = []
-    monkeypatch.setattr(fit, "reconstruct", lambda *given, **more: drawn.append((given, more)))
-    monkeypatch.setattr(fit, "report", lambda *given, **more: drawn.append((given, more)))
+    monkeypatch.setattr(verdict, "reconstruct", lambda *given, **more: drawn.append((given, more)))
+    monkeypatch.setattr(verdict, "build_page", lambda *given, **more: drawn.append((given, more)))
     options = RunOptions(threads=3, attention="fused")
     pretrain = {"val": {"masked_mse": 0.125}, "mean_predictor_loss": 0.5}
     results = {"pretrain": pretrain, "finetune": outcome(0.7, 1, counts(9)), "scratch": outcome(0.7, 1, counts(9))}
-    result = fit._judge(found(), PLAN, tmp_path, results, options)
-    assert drawn == [
-        ((tmp_path / "pretrain",), {"out": tmp_path / "reconstruction.png", "options": options}),
-        (([tmp_path / stage for stage in ("finetune", "pretrain", "scratch")],), {"out": tmp_path / "report.html"}),
-    ]
+    result = verdict.judge(found(), PLAN, tmp_path, results, options)
+    (_, picture), ((stages,), page) = drawn
+    assert picture == {"out": tmp_path / "reconstruction.png", "options": options}
+    assert stages == [tmp_path / stage for stage in ("finetune", "pretrain", "scratch")]
+    assert (page["out"], page["title"]) == (tmp_path / "report.html", "maelab fit: images")
+    assert page["lead"] == result["verdict"].split("\n\n") and len(page["lead"]) == 3
     assert (result["reconstruction"], result["report"]) == tuple(str(more["out"]) for _, more in drawn)
 
 
-# ---------------------------------------------------------------------------------------------------------------- plan
+# ---------------------------------------------------------------------------------------------------------- paragraphs
 
 
-@pytest.fixture
-def planned(cifar_folder, monkeypatch):
-    """Makes a plan for 200 images in ten classes, on a machine that takes `step` seconds for an image in a step and
-    `beside` for an epoch, and after some seconds that have passed."""
-
-    def plan(
-        minutes: float, step: float = 0.01, beside: float = 0.5, waited: float = 0, **changes: Any
-    ) -> dict[str, Any]:
-        asked = {"data": f"folder:{cifar_folder}", "minutes": minutes, "seed": 7, "fingerprint": "x"}
-        measured: list[Any] = []
-
-        def measure(config: Any, *more: Any) -> tuple[float, float]:
-            measured.append((config, *more))
-            return step * config.batch_size, beside
-
-        monkeypatch.setattr(fit, "_measure", measure)
-        seen = replace(scan(asked["data"]), **changes)
-        begun = time.perf_counter() - waited
-        return fit._plan(seen, asked, begun, RunOptions()) | {"calls": measured}
-
-    return plan
+def said_of(confusion: list[list[int]], tmp_path: Path, seen: Found | None = None, **changes: Any) -> list[str]:
+    results = {
+        "pretrain": {"val": {"masked_mse": 0.125}, "mean_predictor_loss": 0.5},
+        "finetune": outcome(0.8, 0.5, confusion),
+        "scratch": outcome(0.7, 0.5, confusion),
+    }
+    return verdict.judge(seen or found(), {**PLAN, **changes}, tmp_path, results, RunOptions())["verdict"].split("\n\n")
 
 
-def parts(plan: dict[str, Any], cifar_folder: Path, stage: str) -> tuple[int, int]:
-    config = FinetuneConfig(data="x", val_fraction=plan[stage]["val_fraction"], split_seed=plan[stage]["split_seed"])
-    train, val = training_sets(load(f"folder:{cifar_folder}", img_size=(32, 32)), config)
-    return len(train), len(val)
+def test_three_paragraphs_answer_in_the_order_in_which_a_person_asks(tmp_path):
+    good, following, worth = said_of([[100, 20, 0], [30, 90, 0], [0, 0, 120]], tmp_path)
+    assert good.startswith("The model is right on 86.1% of 360 test images") and "dog taken for cat (30 of 120)" in good
+    assert following.startswith("Worth a try: ") and following.endswith(f"maelab predict {tmp_path}/finetune IMAGE...")
+    assert worth.startswith("Pretraining made no clear difference") and worth.endswith("mean image has 0.500.")
+    assert all(len(part.split(". ")) <= 7 for part in (good, following, worth))
 
 
-def seconds(plan: dict[str, Any], stage: str, epochs: int, step: float, beside: float) -> float:
-    """How long so many epochs take: steps, what is beside them, and forwards of the validation images."""
-    batch, measured = plan[stage]["batch_size"], plan["measured"][stage]
-    steps = max(1, measured["images"] // batch)
-    return epochs * (steps * step * batch + beside + step * batch / 3 * measured["validation_images"] / batch)
+def test_what_to_do_next_follows_from_the_figures(tmp_path):
+    small = found(classes={"cat": 700, "dog": 12, "ship": 600}, side=200)
+    confusion = [[400, 0, 0], [30, 5, 0], [0, 0, 300]]
+    following = said_of(confusion, tmp_path, small)[1]
+    assert "more labelled images of dog, which has 12 to learn from" in following
+    assert "a larger --img-size: images of 200 pixels were scaled to 32x32" in following
+    assert "there was time for 6 epochs of fine-tuning alone" in following and "--class-weights balanced" in following
+    assert "for testing" not in following
+    long = {"finetune": {**PLAN["finetune"], "epochs": 60}, "class_weights": "balanced"}
+    following = said_of(confusion, tmp_path, found(), **long)[1]
+    assert following == f"To use it: maelab predict {tmp_path}/finetune IMAGE..."
+    assert "more images for testing" in said_of([[9, 1, 0], [0, 9, 0], [0, 0, 9]], tmp_path)[1]
 
 
-@pytest.mark.parametrize("minutes", [3.0, 8.0, 20.0])
-def test_a_plan_takes_the_time_it_was_given_and_no_more(planned, minutes):
-    """92% of what is left, less 4 s for the pictures of each of three runs; half of it pretrains, a quarter each
-    fine-tunes twice, and what the recipe's limit of epochs leaves over goes to pretraining."""
-    plan = planned(minutes, waited=30.0)
-    budget = 0.92 * (60 * minutes - 30 - 3 * 4)
-    twice = seconds(plan, "finetune", plan["finetune"]["epochs"], 0.01, 0.5)
-    one_more = seconds(plan, "finetune", plan["finetune"]["epochs"] + 1, 0.01, 0.5)
-    assert twice <= budget / 4 and (one_more > budget / 4 - 2 or plan["finetune"]["epochs"] == 60)
-    before = seconds(plan, "pretrain", plan["pretrain"]["epochs"], 0.01, 0.5)
-    assert before + 2 * twice <= budget
-    one_more = seconds(plan, "pretrain", plan["pretrain"]["epochs"] + 1, 0.01, 0.5)
-    assert one_more + 2 * twice > budget - 3 or plan["pretrain"]["epochs"] == 4_000
+def test_a_model_without_mistakes_has_no_picture_of_them(tmp_path):
+    good = said_of([[100, 0, 0], [0, 100, 0], [0, 0, 100]], tmp_path)[0]
+    assert good.endswith("It made no mistake on test.") and not (tmp_path / "mistakes.png").exists()
 
 
-def test_stages_share_seed_split_and_shape(planned, cifar_folder):
-    """Of 6,000 images, of which 200 have a class, the recipes alone would differ in all of these."""
-    plan = planned(8.0, unlabelled=5_800)
-    before, after = plan["pretrain"], plan["finetune"]
-    assert (before["embed_dim"], after["embed_dim"]) == (192, 192)
-    for field in ("data", "seed", "val_fraction", "split_seed", "img_size", "patch_size", "depth", "num_heads"):
-        assert before[field] == after[field], field
-    assert before["seed"] == 7 and before["knn_every"] == 0 and before["img_size"] == (32, 32)
-    assert before["val_fraction"] == recipes.finetune_folder(180).val_fraction == 0.2
-    for stage in ("pretrain", "finetune"):
-        rate = plan["measured"][stage]
-        assert (rate["images"], rate["validation_images"]) == parts(plan, cifar_folder, stage)
-        assert rate["images_per_s"] == 100.0 and plan[stage]["limit"] is None
+def test_without_a_classifier_the_paragraphs_say_what_is_there(tmp_path):
+    plan = {name: value for name, value in PLAN.items() if name != "finetune"}
+    results = {"pretrain": {"val": {"masked_mse": 0.125}, "mean_predictor_loss": 0.5}}
+    for classes, why in (({}, "has no classes"), ({"cat": 9}, "has only one class")):
+        result = verdict.judge(found(classes=classes), plan, tmp_path, results, RunOptions())
+        none, following, rebuilt = result["verdict"].split("\n\n")
+        assert none == f"The folder {why}, so there is no classifier yet." and "sort some images" in following
+        assert rebuilt.startswith("The autoencoder rebuilds hidden patches") and result["model"] is None
 
 
-def test_a_plan_keeps_grey_images_as_they_are(planned):
-    for channels, mirrored in ((1, False), (3, True)):
-        plan = planned(8.0, channels=channels)
-        assert plan["pretrain"]["flip"] is plan["finetune"]["flip"] is mirrored
-
-
-def test_unlabelled_images_are_counted_for_pretraining_alone(cifar_folder, tmp_path, monkeypatch):
-    root = Path(shutil.copytree(cifar_folder, tmp_path / "own"))
-    (root / "dog").rename(root / "unlabelled")
-    asked = {"data": f"folder:{root}", "minutes": 8.0, "seed": 0, "fingerprint": "x"}
-    monkeypatch.setattr(fit, "_measure", lambda *_: (0.1, 0.5))
-    plan = fit._plan(scan(asked["data"]), asked, time.perf_counter(), RunOptions())
-    assert plan["measured"]["pretrain"]["images"] == plan["measured"]["finetune"]["images"] + 20
-
-
-def test_batches_shrink_until_a_thousand_steps_fit(planned):
-    """200 images at 0.01 s each, in batches of 16: never larger than the recipe's, never below 32 unless it is."""
-    assert planned(8.0)["pretrain"]["batch_size"] == 16
-    for minutes, before, after in ((200.0, 256, 256), (30.0, 64, 32), (50.0, 128, 64), (2.0, 32, 32)):
-        plan = planned(minutes, unlabelled=300_000, classes={"a": 30_000, "b": 30_000})
-        assert (plan["pretrain"]["batch_size"], plan["finetune"]["batch_size"]) == (before, after), minutes
-        sizes = [config.batch_size for config, *_ in plan["calls"]]
-        assert sizes == [256, before, 256, after] or before == 256, "measured again at the size that it will have"
-
-
-def test_measuring_may_take_a_twentieth_of_the_time(planned):
-    assert {call[-1] for call in planned(8.0)["calls"]} == {8.0 * 60 / 20}
-
-
-def test_without_classes_all_the_time_is_for_pretraining(planned, cifar_folder):
-    plan = planned(8.0, classes={})
-    assert "finetune" not in plan
-    budget = 0.92 * (60 * 8 - 4)
-    assert seconds(plan, "pretrain", plan["pretrain"]["epochs"] + 1, 0.01, 0.5) > budget - 2
-
-
-@pytest.mark.parametrize("minutes", [0.0, -1.0, math.inf, math.nan])
-def test_minutes_are_a_number_above_0(minutes, cifar_folder, tmp_path):
-    with pytest.raises(UsageError, match="--minutes must be above 0 and at most 525600"):
-        fit.fit(cifar_folder, minutes=minutes, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_each_stage_has_its_own_config_and_only_one_its_weights(planned, tmp_path):
-    """As plan.json is read back: lists for tuples."""
-    plan = planned(8.0)
-    for stage in ("pretrain", "finetune"):
-        plan[stage]["img_size"] = list(plan[stage]["img_size"])
-    configs = fit._configs(plan, tmp_path)
-    tuned, scratch = configs["finetune"], configs["scratch"]
-    assert isinstance(tuned, FinetuneConfig) and isinstance(scratch, FinetuneConfig)
-    assert tuned.init == str(tmp_path / "pretrain") and scratch == replace(tuned, init="none")
-    assert configs["pretrain"].epochs == plan["pretrain"]["epochs"] and tuned.epochs == plan["finetune"]["epochs"]
+def test_cells_of_many_classes_mean_what_a_matrix_means():
+    matrix = torch.tensor([[3, 1, 0], [0, 0, 2], [0, 0, 0]])
+    truth = torch.tensor([0, 0, 0, 0, 1, 1])
+    guesses = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 2, 2]), 3).float()
+    dense = scores_by_class(guesses, truth, ("a", "b", "c"))
+    assert dense == {"per_class": {"a": 0.75, "b": 0.0, "c": 0.0}, "confusion": matrix.tolist()}
+    names = tuple(map(str, range(1_500)))
+    many = scores_by_class(torch.nn.functional.pad(guesses, (0, 1_497)), truth, names)
+    assert many["cells"] == [[0, 0, 3], [0, 1, 1], [1, 2, 2]] and "confusion" not in many
+    one, other = (verdict._beside_guessing(verdict._cells(test), [*"abc"]) for test in (dense, many))
+    assert one == other

@@ -1,0 +1,150 @@
+"""What `maelab fit` plans, from rates whose numbers all differ, without training anything."""
+
+import math
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maelab import fit, recipes
+from maelab.config import FinetuneConfig, RunOptions
+from maelab.data import load, training_sets
+from maelab.data.folder import Found, scan
+from maelab.errors import UsageError
+
+
+def found(**changes: Any) -> Found:
+    return Found(
+        **{
+            "classes": {"cat": 700, "dog": 640, "ship": 600}, "unlabelled": 30, "val": 0, "test": 400, "held_out": True,
+            "side": 40, "smallest": (30, 32), "largest": (50, 60), "modes": {"RGB": 2370}, "animated": 0, "broken": (),
+            "ignored": {}, "notes": (), "fingerprint": "f", **changes,
+        }
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.fixture
+def planned(cifar_folder, monkeypatch):
+    """Makes a plan for 200 images in ten classes, on a machine that takes `step` seconds for an image in a step and
+    `beside` for an epoch, and after some seconds that have passed."""
+
+    def plan(
+        minutes: float, step: float = 0.01, beside: float = 0.5, waited: float = 0, **changes: Any
+    ) -> dict[str, Any]:
+        asked = {"data": f"folder:{cifar_folder}", "minutes": minutes, "seed": 7, "fingerprint": "x"}
+        measured: list[Any] = []
+
+        def measure(config: Any, *more: Any) -> tuple[float, float]:
+            measured.append((config, *more))
+            return step * config.batch_size, beside
+
+        monkeypatch.setattr(fit, "_measure", measure)
+        seen = replace(scan(asked["data"]), **changes)
+        begun = time.perf_counter() - waited
+        return fit._plan(seen, asked, begun, RunOptions()) | {"calls": measured}
+
+    return plan
+
+
+def parts(plan: dict[str, Any], cifar_folder: Path, stage: str) -> tuple[int, int]:
+    config = FinetuneConfig(data="x", val_fraction=plan[stage]["val_fraction"], split_seed=plan[stage]["split_seed"])
+    train, val = training_sets(load(f"folder:{cifar_folder}", img_size=(32, 32)), config)
+    return len(train), len(val)
+
+
+def seconds(plan: dict[str, Any], stage: str, epochs: int, step: float, beside: float) -> float:
+    """How long so many epochs take: steps, what is beside them, and forwards of the validation images."""
+    batch, measured = plan[stage]["batch_size"], plan["measured"][stage]
+    steps = max(1, measured["images"] // batch)
+    return epochs * (steps * step * batch + beside + step * batch / 3 * measured["validation_images"] / batch)
+
+
+@pytest.mark.parametrize("minutes", [3.0, 8.0, 20.0])
+def test_a_plan_takes_the_time_it_was_given_and_no_more(planned, minutes):
+    """92% of what is left, less 4 s for the pictures of each of three runs; half of it pretrains, a quarter each
+    fine-tunes twice, and what the recipe's limit of epochs leaves over goes to pretraining."""
+    plan = planned(minutes, waited=30.0)
+    budget = 0.92 * (60 * minutes - 30 - 3 * 4)
+    twice = seconds(plan, "finetune", plan["finetune"]["epochs"], 0.01, 0.5)
+    one_more = seconds(plan, "finetune", plan["finetune"]["epochs"] + 1, 0.01, 0.5)
+    assert twice <= budget / 4 and (one_more > budget / 4 - 2 or plan["finetune"]["epochs"] == 60)
+    before = seconds(plan, "pretrain", plan["pretrain"]["epochs"], 0.01, 0.5)
+    assert before + 2 * twice <= budget
+    one_more = seconds(plan, "pretrain", plan["pretrain"]["epochs"] + 1, 0.01, 0.5)
+    assert one_more + 2 * twice > budget - 3 or plan["pretrain"]["epochs"] == 4_000
+
+
+def test_stages_share_seed_split_and_shape(planned, cifar_folder):
+    """Of 6,000 images, of which 200 have a class, the recipes alone would differ in all of these."""
+    plan = planned(8.0, unlabelled=5_800)
+    before, after = plan["pretrain"], plan["finetune"]
+    assert (before["embed_dim"], after["embed_dim"]) == (192, 192)
+    for field in ("data", "seed", "val_fraction", "split_seed", "img_size", "patch_size", "depth", "num_heads"):
+        assert before[field] == after[field], field
+    assert before["seed"] == 7 and before["knn_every"] == 0 and before["img_size"] == (32, 32)
+    assert before["val_fraction"] == recipes.finetune_folder(180).val_fraction == 0.2
+    for stage in ("pretrain", "finetune"):
+        rate = plan["measured"][stage]
+        assert (rate["images"], rate["validation_images"]) == parts(plan, cifar_folder, stage)
+        assert rate["images_per_s"] == 100.0 and plan[stage]["limit"] is None
+
+
+def test_a_plan_keeps_grey_images_as_they_are(planned):
+    for channels, mirrored in ((1, False), (3, True)):
+        plan = planned(8.0, channels=channels)
+        assert plan["pretrain"]["flip"] is plan["finetune"]["flip"] is mirrored
+
+
+def test_unlabelled_images_are_counted_for_pretraining_alone(cifar_folder, tmp_path, monkeypatch):
+    root = Path(shutil.copytree(cifar_folder, tmp_path / "own"))
+    (root / "dog").rename(root / "unlabelled")
+    asked = {"data": f"folder:{root}", "minutes": 8.0, "seed": 0, "fingerprint": "x"}
+    monkeypatch.setattr(fit, "_measure", lambda *_: (0.1, 0.5))
+    plan = fit._plan(scan(asked["data"]), asked, time.perf_counter(), RunOptions())
+    assert plan["measured"]["pretrain"]["images"] == plan["measured"]["finetune"]["images"] + 20
+
+
+def test_batches_shrink_until_a_thousand_steps_fit(planned):
+    """200 images at 0.01 s each, in batches of 16: never larger than the recipe's, never below 32 unless it is."""
+    assert planned(8.0)["pretrain"]["batch_size"] == 16
+    for minutes, before, after in ((200.0, 256, 256), (30.0, 64, 32), (50.0, 128, 64), (2.0, 32, 32)):
+        plan = planned(minutes, unlabelled=300_000, classes={"a": 30_000, "b": 30_000})
+        assert (plan["pretrain"]["batch_size"], plan["finetune"]["batch_size"]) == (before, after), minutes
+        sizes = [config.batch_size for config, *_ in plan["calls"]]
+        assert sizes == [256, before, 256, after] or before == 256, "measured again at the size that it will have"
+
+
+def test_measuring_may_take_a_twentieth_of_the_time(planned):
+    assert {call[-1] for call in planned(8.0)["calls"]} == {8.0 * 60 / 20}
+
+
+def test_without_classes_all_the_time_is_for_pretraining(planned, cifar_folder):
+    plan = planned(8.0, classes={})
+    assert "finetune" not in plan
+    budget = 0.92 * (60 * 8 - 4)
+    assert seconds(plan, "pretrain", plan["pretrain"]["epochs"] + 1, 0.01, 0.5) > budget - 2
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, math.inf, math.nan])
+def test_minutes_are_a_number_above_0(minutes, cifar_folder, tmp_path):
+    with pytest.raises(UsageError, match="--minutes must be above 0 and at most 525600"):
+        fit.fit(cifar_folder, minutes=minutes, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_stage_has_its_own_config_and_only_one_its_weights(planned, tmp_path):
+    """As plan.json is read back: lists for tuples."""
+    plan = planned(8.0)
+    for stage in ("pretrain", "finetune"):
+        plan[stage]["img_size"] = list(plan[stage]["img_size"])
+    configs = fit._configs(plan, tmp_path)
+    tuned, scratch = configs["finetune"], configs["scratch"]
+    assert isinstance(tuned, FinetuneConfig) and isinstance(scratch, FinetuneConfig)
+    assert tuned.init == str(tmp_path / "pretrain") and scratch == replace(tuned, init="none")
+    assert configs["pretrain"].epochs == plan["pretrain"]["epochs"] and tuned.epochs == plan["finetune"]["epochs"]
