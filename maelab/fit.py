@@ -152,10 +152,11 @@ def fit(
 
 def _default_out(folder: Path) -> Path:
     """runs/fit-NAME, or the first of runs/fit-NAME-2, -3, ... that is no other folder's."""
-    place, number = Path("runs") / f"fit-{folder.name}", 1
+    name = folder.name if folder.is_dir() else folder.name.partition(".")[0]
+    place, number = Path("runs") / f"fit-{name}", 1
     while (plan := _plan_of(place)) and plan.get("data") not in (None, f"folder:{folder}"):
         number += 1
-        place = place.with_name(f"fit-{folder.name}-{number}")
+        place = place.with_name(f"fit-{name}-{number}")
     return place
 
 

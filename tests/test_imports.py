@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),
+    ("verdict",),
     ("fit",),
     ("__init__",),
     ("printing",),

@@ -34,7 +34,7 @@ SUFFIXES += HEIF_SUFFIXES * HEIF
 _TEST_FRACTION = 0.1
 _UNLABELLED = ("unlabelled", "unlabeled")
 Part = Literal["train", "val", "test"]
-_PARTS: dict[str, Part] = {  # how a part's folder may be called, in any case
+PARTS: dict[str, Part] = {  # how a part's folder may be called, in any case
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
@@ -67,12 +67,15 @@ class Listing(NamedTuple):
 
 
 def find_root(spec: str) -> Path:
-    """PATH of "folder:PATH"."""
+    """PATH of "folder:PATH"; of an archive or a table of images, the folder into which it is unpacked."""
     if not spec.startswith("folder:"):
         raise UsageError(f"--data {spec} is no folder of images; write --data folder:PATH")
     if not (path := spec.removeprefix("folder:")):
         raise UsageError("'folder:' names no folder; write folder:PATH")
-    return Path(path).expanduser()
+    from maelab.data.unpack import is_archive, unpacked  # which reads layouts too
+
+    place = Path(path).expanduser()
+    return unpacked(place) if is_archive(place) else place
 
 
 def list_files(root: Path, reading: Reading = AS_IT_IS) -> Listing:
@@ -103,7 +106,7 @@ def list_files(root: Path, reading: Reading = AS_IT_IS) -> Listing:
 def _tables_of(root: Path) -> tuple[list[Table], tuple[str, ...]]:
     """The tables that lie in a folder; none, and a note, where sub-folders already say the classes."""
     subs = _sub_folders(root)
-    parts = [sub for sub in subs if sub.name.casefold() in _PARTS]
+    parts = [sub for sub in subs if sub.name.casefold() in PARTS]
     tables = find_tables(root, parts)
     if tables:
         inside = [inner for part in parts or [root] for inner in _sub_folders(part) if _has_images(inner)]
@@ -130,10 +133,10 @@ def _list_rows(root: Path, tables: list[Table]) -> tuple[Listing, dict[Path, dic
         labels |= {path: unicodedata.normalize("NFC", row[table.label].strip()) for path, row in named.items()}
         for path, row in named.items():
             if table.split and (said := row[table.split].strip()):
-                if said.casefold() not in _PARTS:
+                if said.casefold() not in PARTS:
                     where = f"column {table.split!r} of {table.path}"
                     raise UsageError(f"{where} says {visible(said)!r}; it must be train, val or test")
-                parts[path] = _PARTS[said.casefold()]
+                parts[path] = PARTS[said.casefold()]
         lacking = sum(not labels.get(path) for path in own)
         said = f"labels from {table.path}, column {table.label!r}, {len(named)} of {len(own)} images"
         said += f"; {lacking} images have none and count as unlabelled" if lacking else ""
@@ -164,7 +167,7 @@ def _in_order(name: str) -> tuple[int, str]:
 
 
 def _part_of(path: Path) -> Part:
-    return _PARTS.get(path.parts[0].casefold(), "train") if len(path.parts) > 1 else "train"
+    return PARTS.get(path.parts[0].casefold(), "train") if len(path.parts) > 1 else "train"
 
 
 def _with_groups(listing: Listing, rows: dict[Path, dict[str, str]], asked: str | None, root: Path) -> Listing:
@@ -207,7 +210,7 @@ def _list_folders(root: Path) -> Listing:
         return Listing(more, (), False)
     parts: dict[str, Path] = {}
     for sub in others:
-        if (part := _PARTS.get(sub.name.casefold())) and parts.setdefault(part, sub) != sub:
+        if (part := PARTS.get(sub.name.casefold())) and parts.setdefault(part, sub) != sub:
             raise UsageError(f"{root} holds {parts[part].name}/ and {sub.name}/: leave only one of them there")
     if parts and "train" not in parts and len(parts) == len(others) > 1:
         raise UsageError(f"{root} holds {' and '.join(f'{sub.name}/' for sub in others)}, and no train/ beside them")
@@ -229,7 +232,7 @@ def _list_folders(root: Path) -> Listing:
     classes, notes = _list_classes(parts["train"])
     names = tuple(name for name in classes if name)
     files = []
-    for part in dict.fromkeys(_PARTS.values()):
+    for part in dict.fromkeys(PARTS.values()):
         if part not in parts:
             continue
         own, said = _list_classes(parts[part], several=part == "train")
@@ -295,13 +298,13 @@ def _instead(folder: Path) -> str:
     return f", but {held}{needs}" if held else ""
 
 
-def _passed_over(name: str) -> bool:
+def passed_over(name: str) -> bool:
     """Whether a file or folder is hidden (".x", "._x.png" of macOS), or left behind by a system."""
     return name[0] == "." or name.casefold() in _LEFT_BEHIND
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _passed_over(path.name))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not passed_over(path.name))
 
 
 def walk(folder: Path, dangling: list[Path] | None = None) -> Iterator[Path]:
@@ -309,11 +312,11 @@ def walk(folder: Path, dangling: list[Path] | None = None) -> Iterator[Path]:
     Links that lead nowhere go into `dangling`."""
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        shown = sorted(name for name in folders if not _passed_over(name))
+        shown = sorted(name for name in folders if not passed_over(name))
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
         folders[:] = [real[path] for path in real if path not in seen]
         seen |= real.keys()
-        for path in (Path(place, name) for name in sorted(names) if not _passed_over(name)):
+        for path in (Path(place, name) for name in sorted(names) if not passed_over(name)):
             if path.is_file():
                 yield path
             elif dangling is not None and path.is_symlink() and not path.exists():
@@ -322,7 +325,7 @@ def walk(folder: Path, dangling: list[Path] | None = None) -> Iterator[Path]:
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
     """Files of `folder` with an image's suffix, and of what lies below it if `deep`, sorted; see `walk`."""
-    here = (path for path in folder.iterdir() if not _passed_over(path.name) and path.is_file())
+    here = (path for path in folder.iterdir() if not passed_over(path.name) and path.is_file())
     return sorted(filter(_is_image, walk(folder) if deep else here), key=lambda path: path.as_posix())
 
 

@@ -18,7 +18,7 @@ from maelab.names import visible
 
 FOUND = ("labels.csv", "metadata.csv", "metadata.jsonl")
 _FILE = ("file_name", "filename", "file", "image", "path", "image_path", "image_name", "name", "image_id", "id")
-_LABEL = ("label", "labels", "class", "class_name", "category", "target")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
 _SPLIT = ("split", "subset", "part", "set")
 _LARGEST = 2**30  # bytes
 
@@ -45,7 +45,7 @@ def find_tables(folder: Path, parts: Iterable[Path]) -> list[Table]:
         tables = []
         for path in (place / name for place in places for name in FOUND if (place / name).is_file()):
             columns, rows = _read(path)
-            file, label = _first(_FILE, columns), _first(_LABEL, columns)
+            file, label = _first(_FILE, columns), _first(LABEL_COLUMNS, columns)
             if file and label:
                 tables.append(Table(path, rows, file, label, _first(_SPLIT, columns)))
         if tables:
@@ -65,7 +65,7 @@ def read_table(asked: str, folder: Path) -> Table:
         raise UsageError(f"--labels: {path} has no column {column!r}; {_of(columns)}")
     file = _first(_FILE, [name for name in columns if name != column]) or (columns[0] if column != columns[0] else "")
     rest = [name for name in columns if name not in (file, _first(_SPLIT, columns))]
-    label = column or _first(_LABEL, rest) or (rest[0] if len(rest) == 1 else "")
+    label = column or _first(LABEL_COLUMNS, rest) or (rest[0] if len(rest) == 1 else "")
     if not file or not label:
         raise UsageError(f"--labels: which column of {path} is the class? write {path}:COLUMN; {_of(columns)}")
     return Table(path, rows, file, label, _first(_SPLIT, [name for name in columns if name != label]))
