@@ -130,8 +130,9 @@ data = lines(lambda result: (f"{name}: verified, in {place}" for name, place in 
 
 @lines
 def fitted(result: dict[str, Any]) -> Iterator[str]:
-    yield result["verdict"]
-    yield ""
+    for paragraph in result["verdict"].split("\n\n"):
+        yield paragraph
+        yield ""
     for title, key in (
         ("next", "next"),
         ("page", "report"),

@@ -10,7 +10,7 @@ import torch
 from maelab import figures
 from maelab.config import DataOptions, RunOptions
 from maelab.data.batches import scale
-from maelab.data.faults import FEW_TEST
+from maelab.data.faults import FEW_TEST, UNEVEN
 from maelab.data.folder import Found
 from maelab.inference import class_probabilities
 from maelab.model import VisionTransformer
@@ -52,8 +52,8 @@ def judge(
     result["verdict"] = "\n\n".join(paragraphs)
     with figures.optional(f"the page {out / 'report.html'} could not be built"):
         pictures = {
-            "test images that it gets wrong: what they are -> what it takes them for": result["mistakes"],
-            "validation images, what was hidden of them, and what the autoencoder makes of the rest": str(picture),
+            "test images that it gets wrong, those first of which it was surest": result["mistakes"],
+            "images, what was hidden of them, and what the autoencoder makes of the rest": str(picture),
         }
         shown = {text: Path(file) for text, file in pictures.items() if file and Path(file).exists()}
         stages = [out / stage for stage in sorted(results)]
@@ -205,7 +205,8 @@ def _usefulness(result: dict[str, Any]) -> str:
         said += " That is no better than guessing."
     if result["uneven"]:
         worst = min(result["recall"], key=result["recall"].__getitem__)
-        said += f" Classes are uneven; each counted alike, it is right on {result['balanced_accuracy']:.1%}"
+        share = f"{result['balanced_accuracy']:.1%}"
+        said += f" Some classes have few test images; with each class counted alike, it is right on {share}"
         said += f", least on {worst}: {result['recall'][worst]:.1%}."
     if not result["confused"]:
         return f"{said} It made no mistake on test."
@@ -231,7 +232,8 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
     height, width = plan["finetune"]["img_size"]
     if found.side >= _SHRUNK * min(height, width):
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
-    if result["uneven"] and plan.get("class_weights", "none") == "none":
+    trained = found.classes.values()
+    if max(trained) >= UNEVEN * min(trained) and plan.get("class_weights", "none") == "none":
         tries.append("--class-weights balanced")
     said = f"Worth a try: {'; '.join(tries)}. " if tries else ""
     return f"{said}To use it: {result['next']}"

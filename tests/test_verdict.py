@@ -103,7 +103,8 @@ def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
     better, said = begins([[190, 0, 0], [5, 1, 0], [4, 0, 0]])
     assert better is False and said == (
         "The model is right on 95.5% of 200 test images; always saying cat would be right on 95.0%. That is no better"
-        " than guessing. Classes are uneven; each counted alike, it is right on 38.9%, least on ship: 0.0%."
+        " than guessing. Some classes have few test images; with each class counted alike, it is right on 38.9%, least"
+        " on ship: 0.0%."
     )
     better, said = begins([[10, 2, 0], [0, 4, 0], [0, 0, 4]])
     assert better is None and "20 test images are too few to say whether it is any good: 30 are the least." in said

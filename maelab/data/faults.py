@@ -16,7 +16,7 @@ HINTS = {  # what to do with files of other kinds
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv"), "take images out of them, and keep a video together by --group"),
     **dict.fromkeys((".dcm", ".nii", ".czi", ".nd2", ".lif", ".svs", ".cr2", ".nef"), "save them as TIFF or .npy"),
 }  # fmt: skip
-_UNEVEN = 3  # times as many images in one class as in another
+UNEVEN = 3  # times as many images in one class as in another
 _DARK = 16  # the brightest value of an image that shows next to nothing
 _CUT = 0.1  # share of an image
 _THUMB = 16  # side, pixels
@@ -54,7 +54,7 @@ def describe_counts(parts: Parts, class_names: tuple[str, ...]) -> list[str]:
     lines = []
     train = parts.labels[~parts.val & ~parts.test & ~parts.left_out]
     count = train[train >= 0].bincount(minlength=len(class_names))
-    if count.min() and count.max() >= _UNEVEN * count.min():
+    if count.min() and count.max() >= UNEVEN * count.min():
         most, least = int(count.argmax()), int(count.argmin())
         lines.append(
             f"classes are uneven: {class_names[most]} has {int(count.max())} training images and {class_names[least]}"
