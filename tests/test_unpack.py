@@ -119,6 +119,14 @@ def test_parts_inside_an_archive_and_parts_that_are_shards(tmp_path: Path) -> No
     assert (len(data.train), len(data.test)) == (40, 20)
 
 
+def test_archives_of_loose_images_are_a_class_each(tmp_path: Path) -> None:
+    (tmp_path / "classes").mkdir()
+    for name in SHADE:
+        own = {f"{i}.png": content for i, (label, content) in enumerate(pictures()) if label == name}
+        tarred(tmp_path / "classes" / f"{name}.tar", own)
+    assert right(load(f"folder:{tmp_path / 'classes'}"))
+
+
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 INFO = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
 
@@ -295,4 +303,8 @@ def test_a_folder_of_images_is_no_archive(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png(1))
     zipped(tmp_path / "x.zip", members())
     tarred(tmp_path / "x.tar", members())
+    (tmp_path / "own" / "cat").mkdir(parents=True)
+    (tmp_path / "own" / "cat" / "0.png").write_bytes(png(1))
+    tarred(tmp_path / "own" / "backup.tar", members())
+    assert not is_archive(tmp_path / "own"), "an archive beside classes is not what is meant"
     assert not is_archive(tmp_path) and not is_archive(tmp_path / "cat") and not is_archive(tmp_path / "nowhere")

@@ -50,17 +50,21 @@ def is_archive(path: Path) -> bool:
 
 
 def _sources(path: Path) -> list[Path]:
-    """The files to unpack: the path itself, or shards and tables that lie in a folder without image files."""
+    """The files to unpack: the path itself, or shards and tables in a folder with neither images nor other folders."""
     if path.is_file():
         return [path]
     found: list[Path] = []
-    for folder in (path, *(path / name for name in ("data", *PARTS))):
+    parts = ("data", *PARTS)
+    for folder in (path, *(path / name for name in parts)):
         if not folder.is_dir():
             continue
         with os.scandir(folder) as entries:
             for number, entry in enumerate(entries):
+                if passed_over(entry.name):
+                    continue
                 suffix = PurePosixPath(entry.name).suffix.lower()
-                if suffix in SUFFIXES or number > _LOOKED_AT:
+                other = entry.is_dir() and not (folder == path and entry.name in parts)
+                if other or suffix in SUFFIXES or number > _LOOKED_AT:
                     return []
                 if suffix in (".parquet", ".tar", ".arrow") and entry.is_file():
                     found.append(Path(entry.path))
@@ -110,6 +114,7 @@ def _unpack(sources: list[Path], origin: str, part: Path) -> None:
     splits = {file: _split_of(file) for file in sources}
     if len(set(splits.values())) < 2 or "train" not in splits.values():
         splits = dict.fromkeys(sources, "")  # one part alone is all of it
+    writer.apart = len(sources) > 1 and not any(splits.values())
     for file in sources:
         try:
             read = _READERS[".tgz" if file.name.lower().endswith(".tar.gz") else file.suffix.lower()]
@@ -148,6 +153,7 @@ class _Writer:
         self.images, self.other = 0, Counter[str]()
         self.names: dict[str, str] = {}  # class -> the folder's name
         self.said = time.monotonic()
+        self.apart = False  # whether each of several archives of loose images is a class
 
     def put(self, parts: Iterable[str], stream: IO[bytes]) -> None:
         """Copy a stream to a path of checked parts."""
@@ -246,7 +252,8 @@ def _tar(file: Path, split: str, writer: _Writer) -> None:
             elif parts := _checked(member.name, writer):
                 stream = archive.extractfile(member)
                 assert stream is not None
-                _put_once([split] * bool(split) + parts, stream, writer)
+                loose = [writer.class_folder(file.stem)] * (writer.apart and len(parts) == 1)
+                _put_once([split] * bool(split) + loose + parts, stream, writer)
 
 
 def _web_dataset(archive: tarfile.TarFile, file: Path, split: str, writer: _Writer) -> None:

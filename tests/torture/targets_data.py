@@ -5,12 +5,17 @@ import functools
 import gzip
 import io
 import json
+import os
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tifffile
 import torch
 from conftest import DATA
@@ -20,9 +25,9 @@ from PIL import Image
 from small_sets import CIFAR, MNIST, MNIST_GZ, md5s, python_batch, python_batches, sha256s, tar_gz
 
 from maelab.config import Reading
-from maelab.data import decode, formats, images, sources
+from maelab.data import decode, formats, images, sources, unpack
 from maelab.data.folder import scan
-from maelab.data.layout import File
+from maelab.data.layout import File, list_files
 from maelab.errors import RunError, UsageError
 
 Feed = Callable[[bytes, Path], object]
@@ -94,6 +99,65 @@ def feed_image(content: bytes, place: Path) -> None:
     if isinstance(image, str):
         raise RunError(image)
     assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+
+
+def feed_table(suffix: str) -> Feed:
+    def feed(content: bytes, place: Path) -> None:
+        for name in ("a.png", "b.png"):
+            Image.new("L", (4, 4)).save(place / name)
+        (place / f"labels{suffix}").write_bytes(content)
+        list_files(place, Reading(labels=f"labels{suffix}"))
+
+    return feed
+
+
+def rows(place: Path) -> list[bytes]:
+    return [b"file,label\na.png,cat\nb.png,dog\n", b'"file";"class";split\n"a.png";x;train\n"b.png";y;test\n']
+
+
+def json_rows(place: Path) -> list[bytes]:
+    return [b'{"file_name": "a.png", "label": "cat"}\n{"file_name": "b.png", "label": "dog"}\n']
+
+
+def packed(suffix: str) -> Seeds:
+    """Archives of four images in two classes."""
+
+    def seeds(place: Path) -> list[bytes]:
+        png, found = io.BytesIO(), []
+        Image.new("L", (4, 4)).save(png, "PNG")
+        files = {f"{name}/{i}.png": png.getvalue() for name in ("cat", "dog") for i in range(2)}
+        shard = {f"{i}.{end}": content for i in range(2) for end, content in (("png", png.getvalue()), ("cls", b"1"))}
+        for members in (files, shard):
+            file = io.BytesIO()
+            if suffix == ".zip":
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    for name, content in members.items():
+                        archive.writestr(name, content)
+            elif suffix == ".parquet":
+                images = [{"bytes": content, "path": None} for content in files.values()]
+                pq.write_table(pa.table({"image": images, "label": [0, 0, 1, 1]}), file)
+            else:
+                with tarfile.open(fileobj=file, mode="w") as archive:
+                    for name, content in members.items():
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+            found.append(file.getvalue())
+        return found
+
+    return seeds
+
+
+def feed_packed(suffix: str) -> Feed:
+    def feed(content: bytes, place: Path) -> None:
+        before = {path for path in place.parent.rglob("*") if path.is_file()}
+        os.environ["MAELAB_DATA"] = str(place / "cache")
+        (place / f"x{suffix}").write_bytes(content)
+        root = unpack.unpacked(place / f"x{suffix}")
+        after = {path for path in place.parent.rglob("*") if path.is_file() and not path.is_relative_to(place)}
+        assert after <= before and root.is_relative_to(place / "cache")
+
+    return feed
 
 
 def feed_header(content: bytes, place: Path) -> None:
@@ -203,6 +267,15 @@ SAYS_OF_IMAGES = (
 )  # fmt: skip
 
 TARGETS: dict[str, Target] = {
+    "labels.csv": Target(rows, feed_table(".csv"), (b",", b";", b'"', b"\n", b"a.png", b"label", b"split", b"test")),
+    "labels.jsonl": Target(json_rows, feed_table(".jsonl"), JSON_TOKENS),
+    "zip": Target(
+        packed(".zip"), feed_packed(".zip"), (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"../x.png", b"/x.png")
+    ),
+    "tar": Target(packed(".tar"), feed_packed(".tar"), (b"ustar", b"../x.png", b"/x.png", b"x.cls", b"0000777")),
+    "parquet": Target(
+        packed(".parquet"), feed_packed(".parquet"), (b"PAR1", b"image", b"label", b"bytes"), mebibytes=1024
+    ),
     **{
         form: Target(seeds_of(form), feed_image, tokens, SAYS_OF_IMAGES, 5, 1536)
         for form, tokens in IMAGE_TOKENS.items()
