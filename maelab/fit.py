@@ -275,7 +275,8 @@ def _plan(
             measured = _measure(config, data, train_set, val_set, options, budget / 20)
         stages.append((config, len(train_set), len(val_set), *measured))
     passes = 3 if labelled else 1
-    left = budget - (time.perf_counter() - begun) - passes * (loading + _DRAWING)
+    testing = found.test * stages[-1][3] / stages[-1][0].batch_size / 3 if labelled else 0.0  # forwards only
+    left = budget - (time.perf_counter() - begun) - passes * (loading + _DRAWING) - 2 * testing
     left = max(1.0, _TO_SPEND * left)
     chosen: dict[str, Any] = {}
     if labelled:
@@ -289,7 +290,7 @@ def _plan(
     rates = {
         name: {
             "images": n, "validation_images": n_val, "images_per_s": round(config.batch_size / step, 1),
-            "step_s": step, "beside_s": beside, "loading_s": loading, "epochs": config.epochs,
+            "step_s": step, "beside_s": beside, "beside_runs_s": loading + _DRAWING + testing, "epochs": config.epochs,
         }
         for name, (config, n, n_val, step, beside) in zip(("pretrain", "finetune"), stages, strict=False)
     }  # fmt: skip
@@ -300,7 +301,7 @@ def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
     """The plan with as many epochs of fine-tuning as the time left allows, now that pretraining is over."""
     measured = plan["measured"]["finetune"]
     left = 60 * (plan["minutes"] - plan.get("spent", 0)) - (time.perf_counter() - begun)
-    seconds = _TO_SPEND * (left - 2 * (measured["loading_s"] + _DRAWING)) / 2
+    seconds = _TO_SPEND * (left - 2 * measured["beside_runs_s"]) / 2
     config = FinetuneConfig(**{**plan["finetune"], "img_size": tuple(plan["finetune"]["img_size"]), "limit": None})
     config = replace(config, epochs=measured["epochs"])
     images, val_images = measured["images"], measured["validation_images"]
