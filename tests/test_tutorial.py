@@ -68,6 +68,9 @@ def test_the_page_on_labels_holds(maelab: Maelab, tmp_path):
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(rows))
     said = [quick(line, maelab, tmp_path) for line in lines((DOCS / "labels.md").read_text())]
     assert len(said) == 3 and all("column 'species', 80 of 80 images" in text for text in said)
+    for name in ("fit-photos", "by-site"):
+        page = (tmp_path / "runs" / name / "report.html").read_text()
+        assert "3 finished runs" in page and "could not be read" not in page
     assert "groups" not in said[0] and "20 groups by --group" in said[1] and "groups by --group" in said[2]
 
 

@@ -153,6 +153,7 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     dangling: list[Path] = []
     ignored = Counter(path.suffix.lower() for path in walk(root, dangling) if path.suffix.lower() not in SUFFIXES)
     count = Counter(parts.labels[~parts.val & ~parts.test & ~parts.left_out].tolist())
+    _said.update((line, spec) for line in notes)  # by whoever asked
     by_area = sorted(headers, key=lambda header: header.height * header.width)
     return Found(
         classes={name: count[label] for label, name in enumerate(class_names)},

@@ -219,8 +219,8 @@ def _read(folder: Path, name: str, number_: int, in_sweep: bool) -> Run:
         given = config[key]
         if isinstance(value, bool | str):
             fits = isinstance(given, type(value))
-        else:  # a number, or None for one or several
-            fits = number(config, key) is not None or (value is None and (given is None or isinstance(given, list)))
+        else:  # a number, or None for one or several, or for a text
+            fits = number(config, key) is not None or (value is None and isinstance(given, list | str | None))
         if not fits:
             raise RunError(f"the config of {folder} is damaged: {key} is {given!r}")
     result = result_of(folder) if is_complete(folder) else {}
