@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import write_folder
 from pictures import classes, save
 from PIL import Image
 
 from maelab.config import Reading
 from maelab.data import Dataset, load
-from maelab.data.faults import describe_cropping, describe_ignored, difference_hashes
+from maelab.data.faults import ALIKE, _near_copies, describe_cropping, describe_ignored
 from maelab.data.folder import scan
 from maelab.data.layout import HEIF
 from maelab.errors import UsageError
@@ -40,13 +41,20 @@ def test_test_images_that_look_like_training_images_are_named(cifar_small: Datas
     assert said.startswith(f"{len(originals)} test images") and "again " in said and "--group" in said
 
 
-def test_the_difference_hash_is_what_the_formula_says() -> None:
-    grey = torch.rand(3, 8, 9, generator=torch.Generator().manual_seed(0)).numpy()
-    expected = []
-    for image in grey:
-        bits = "".join("1" if image[r, c + 1] > image[r, c] else "0" for r in range(8) for c in range(8))
-        expected.append(int.from_bytes(int(bits, 2).to_bytes(8, "big"), "little"))
-    assert difference_hashes(torch.from_numpy(grey)).astype("<u8").tolist() == expected
+def test_what_looks_the_same_is_what_correlates(mnist_small: Dataset) -> None:
+    """A naive loop over all pairs; two of the judging images are brighter, noisier copies."""
+    pictures = F.adaptive_avg_pool2d(mnist_small.train.images[:40].float(), 16)[:, 0]
+    noise = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    thumbnails = torch.cat([pictures, pictures[[3, 17]] * 1.1 + 5 + noise, torch.full((1, 16, 16), 9.0)])
+    judges = torch.zeros(43, dtype=torch.bool)
+    judges[[0, 1, 2, 40, 41, 42]] = True
+    expected = [
+        (i, j)
+        for i in judges.nonzero()[:-1, 0].tolist()
+        for j in (~judges).nonzero()[:, 0].tolist()
+        if np.corrcoef(thumbnails[i].flatten(), thumbnails[j].flatten())[0, 1] > ALIKE
+    ]
+    assert _near_copies(thumbnails, judges, ~judges) == expected == [(40, 3), (41, 17)]
 
 
 def test_uneven_classes_and_few_test_images_are_said(tmp_path: Path) -> None:

@@ -340,8 +340,11 @@ def _checked(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> tuple[i
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise ValueError(f"{what} has the shape {shape}; an image has (H, W), (H, W, C) or (C, H, W)")
     height, width, channels = (*shape, 1) if len(shape) == 2 else shape if _last(shape) else (*shape[1:], shape[0])
-    if height * width * max(1, channels // 4) > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
+    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
+    if height * width > limit:
         raise Image.DecompressionBombError
+    if height * width * channels * dtype.itemsize > 4 * limit:  # bytes of the largest picture
+        raise ValueError(f"{what} has more than {4 * limit // 1_000_000} megabytes")
     return height, width, channels
 
 
