@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -27,6 +26,7 @@ from maelab.data.folder import Found, say_once, scan
 from maelab.errors import RunError, UsageError
 from maelab.files import read_json
 from maelab.inference import class_probabilities, classification_scores, masked_mse
+from maelab.progress import heartbeat
 from maelab.runs import find_checkpoint, open_collection, replace_collection, write_json
 from maelab.runs import folder as folders
 from maelab.tasks import finetune as finetuning
@@ -327,13 +327,7 @@ def _measure(
     train_set, some = train_set.to(engine.device), val_set[torch.arange(min(16, len(val_set)))].to(engine.device)
 
     stage = "pretraining" if isinstance(config, PretrainConfig) else "fine-tuning"
-    said = time.monotonic()
-
-    def heartbeat() -> None:
-        nonlocal said
-        if time.monotonic() - said > 4:
-            said = time.monotonic()
-            print(f"still timing steps of {stage}", file=sys.stderr, flush=True)
+    beat = heartbeat(f"timing steps of {stage}")
 
     def epoch(steps: int) -> float:
         if isinstance(config, PretrainConfig):
@@ -357,7 +351,7 @@ def _measure(
         times: list[float] = []
 
         def batch(*where: int) -> Any:
-            heartbeat()
+            beat(1 + where[0])
             return step.batch(*where)
 
         def timed(model: Any, number: int) -> dict[str, float]:

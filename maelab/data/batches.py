@@ -9,6 +9,7 @@ import torch
 
 from maelab.data.sets import ImageSet
 from maelab.errors import UsageError, out_of_memory
+from maelab.progress import heartbeat
 
 T = TypeVar("T")
 _ORDER, _STEP, _MODEL = 0, 1, 2  # keep the streams apart
@@ -97,7 +98,7 @@ def in_batches(function: Callable[[torch.Tensor], T], data: ImageSet, batch_size
         data: the images.
         batch_size: how many at a time, at most.
     """
-    start = 0
+    start, beat = 0, heartbeat("judging images", len(data), first=5.0)
     while start < len(data):
         batch_size = min(batch_size, len(data) - start)
         try:
@@ -108,6 +109,7 @@ def in_batches(function: Callable[[torch.Tensor], T], data: ImageSet, batch_size
             batch_size = -(-batch_size // 2)
             continue  # behind this block, so that what the failure holds is free
         start += batch_size
+        beat(start)
         yield result
 
 

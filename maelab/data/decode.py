@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from maelab.config import AS_IT_IS, Reading, ValueRange
 from maelab.data.layout import HEIF, File
 from maelab.data.splits import content_key
 from maelab.errors import UsageError
+from maelab.progress import heartbeat
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", *("HEIF",) * HEIF)
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
@@ -58,7 +58,7 @@ def each(
 ) -> Iterator[tuple[File, _Result]]:
     """(file, work(file.path)) in order, in threads; a file that fails goes into `skipped` with its reason instead.
 
-    After 2 seconds stderr says `what` is being done, and then every 5 seconds how far it is.
+    Where it takes long, stderr says `what` is being done and how far it is.
     """
 
     def attempt(file: File) -> tuple[_Result | None, str]:
@@ -67,20 +67,12 @@ def each(
         except Exception as error:  # decoders raise anything on damaged bytes, and one file must not end the run
             return None, why_unreadable(error, file.path)
 
-    begun, wait, done = time.monotonic(), 2.0, 0
+    beat, done = heartbeat(what, len(files)), 0
     with careful(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), 256):  # results wait in memory
             some = files[start : start + 256]
             for file, (result, reason) in zip(some, pool.map(attempt, some), strict=True):
-                done += 1
-                if (passed := time.monotonic() - begun) > wait:
-                    wait = passed + 5
-                    left = passed / done * (len(files) - done)
-                    print(
-                        f"maelab: {what}: {done} of {len(files)}, {done / passed:.0f}/s, {left:.0f} s left",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                beat(done := done + 1)
                 if result is None:
                     skipped.append(f"{file.path.relative_to(root)} ({reason})")
                 else:

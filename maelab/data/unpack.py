@@ -13,7 +13,6 @@ import shutil
 import stat
 import sys
 import tarfile
-import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -27,6 +26,7 @@ from maelab.data.table import LABEL_COLUMNS
 from maelab.errors import RunError, UsageError
 from maelab.files import make_folder, read_json
 from maelab.names import visible
+from maelab.progress import heartbeat
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet")
 _WANTED = {*SUFFIXES, *HEIF_SUFFIXES, ".csv", ".jsonl"}
@@ -152,7 +152,7 @@ class _Writer:
         self.folder, self.left = folder, most
         self.images, self.other = 0, Counter[str]()
         self.names: dict[str, str] = {}  # class -> the folder's name
-        self.said = time.monotonic()
+        self.beat = heartbeat("unpacking images")
         self.apart = False  # whether each of several archives of loose images is a class
 
     def put(self, parts: Iterable[str], stream: IO[bytes]) -> None:
@@ -168,9 +168,7 @@ class _Writer:
                     raise RunError(f"no room left in {self.folder.parent}; MAELAB_DATA names another cache")
                 out.write(block)
         self.images += file.suffix.lower() not in (".csv", ".jsonl")
-        if time.monotonic() - self.said > 4:
-            self.said = time.monotonic()
-            print(f"maelab: unpacking: {self.images} images", file=sys.stderr, flush=True)
+        self.beat(self.images)
 
     def class_folder(self, label: str | None) -> str:
         """A folder's name for a class: no path, not hidden, and another one for each class."""

@@ -26,7 +26,6 @@ from maelab.training.trackers import log_outcome
 from maelab.weights import load_encoder
 
 PICTURED = 24
-_MANY = 2_000  # images that take seconds to test on
 ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
 
 
@@ -180,8 +179,6 @@ def finetune(
 
         assert data.test is not None and data.test.labels is not None
         test_set = data.test.to(engine.device)
-        if len(test_set) > _MANY:
-            say(f"testing on {len(test_set)} images")
         with engine.autocast():
             probabilities = class_probabilities(model, test_set)
         assert test_set.labels is not None

@@ -1,0 +1,36 @@
+"""How far long work is, for people."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+_THEN = 4.5  # seconds
+
+
+def heartbeat(what: str, total: int | None = None, first: float = 2.0) -> Callable[[int], None]:
+    """A function to call with how much is done: after `first` seconds, and from then on within every five, stderr gets
+    a line. Of several processes only the first speaks.
+
+    Args:
+        what: is being done.
+        total: how much there is to do; None if nobody knows.
+        first: seconds until the first line.
+    """
+    begun = time.monotonic()
+    due = begun + first
+
+    def beat(done: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due or os.environ.get("RANK", os.environ.get("NODE_RANK", "0")) != "0":
+            return
+        due = now + _THEN
+        text = f"maelab: {what}: {done}"
+        if total is not None:
+            rate = done / (now - begun)
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            text += f" of {total}, {rate:.0f}/s{left}"
+        print(text, file=sys.stderr, flush=True)
+
+    return beat
