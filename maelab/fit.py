@@ -217,12 +217,12 @@ def _go_on(out: Path, plan: dict[str, Any]) -> None:
         return
     before = out / BEFORE.format(round_)
     if not before.exists():
-        (out / STAGES[0]).rename(before)
         for stage in STAGES[1:]:
             if (out / stage).is_dir():
                 folders.remove(out / stage, folders.RUN)
         for file in ("fit.json", "report.html", "reconstruction.png", "mistakes.png"):
             (out / file).unlink(missing_ok=True)
+        (out / STAGES[0]).rename(before)  # the last step: what is not there yet is begun again
     if (older := out / BEFORE.format(round_ - 1)).is_dir():
         folders.remove(older, folders.RUN, keep=())
         with contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 """What `maelab fit` plans, from rates whose numbers all differ, without training anything."""
 
+import contextlib
 import math
 import shutil
 import time
@@ -129,6 +130,34 @@ def test_without_classes_all_the_time_is_for_pretraining(planned, cifar_folder):
     assert "finetune" not in plan
     budget = 0.92 * (60 * 8 - 4)
     assert seconds(plan, "pretrain", plan["pretrain"]["epochs"] + 1, 0.01, 0.5) > budget - 2
+
+
+def test_going_on_that_was_stopped_anywhere_is_done_by_the_next_call(tmp_path, monkeypatch):
+    """Whatever the step is at which it ends, the call after it leaves the same files."""
+    made = ("pretrain/result.json", "finetune/result.json", "scratch/config.json", "mistakes.png", "fit.json")
+    for steps in range(6):
+        out = tmp_path / str(steps)
+        for name in (*made, "before-1/result.json"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(name)
+        left = [steps]
+
+        def counted(work: Any, left: list[int] = left) -> Any:
+            def step(*given: Any, **more: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return work(*given, **more)
+
+            return step
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            for name in ("unlink", "rename"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            fit._go_on(out, {"round": 2})
+        fit._go_on(out, {"round": 2})
+        assert [path.name for path in out.rglob("*") if path.is_file()] == ["result.json"], steps
+        assert (out / "before-2" / "result.json").read_text() == "pretrain/result.json"
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, math.inf, math.nan])
