@@ -52,7 +52,10 @@ def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
     """
     _, in_chans, height, width = data.train.images.shape
     if height % config.patch_size or width % config.patch_size:
-        raise UsageError(f"--patch-size {config.patch_size} does not divide the image size {height}x{width}")
+        raise UsageError(
+            f"--patch-size {config.patch_size} does not divide the image size {height}x{width}; give an --img-size of"
+            " multiples of it"
+        )
     check_masking(height * width // config.patch_size**2, config.mask_ratio)
     arguments = {field: getattr(config, field) for field in (*SHAPE, "norm_pix_loss")}
     arguments |= {"img_size": (height, width), "in_chans": in_chans}
