@@ -103,8 +103,9 @@ def fit(
         classes "val" and "test" ("images", "pretrained", "scratch": accuracies), "difference" of the test accuracies,
         its "standard_error", "beyond_noise" (more than two of those), "confused" pairs of classes on test, and of the
         chosen model on test "accuracy", "balanced_accuracy" (mean recall), "recall" of each class, "majority" (the
-        commonest class, and the accuracy of always naming it), "uneven" (one class has over twice another's images) and
-        "better_than_guessing" (None below 30 test images).
+        commonest class, and the accuracy of always naming it), "guessing" (the accuracy of naming any class alike),
+        "uneven" (one class has over twice another's images) and "better_than_guessing" (than the majority; None below
+        30 test images).
 
     Raises:
         UsageError, RunError: see maelab.errors.

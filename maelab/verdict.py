@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from maelab import figures
-from maelab.config import DataOptions, RunOptions
+from maelab.config import RunOptions
 from maelab.data.batches import scale
 from maelab.data.faults import FEW_TEST, UNEVEN
 from maelab.data.folder import Found
@@ -131,6 +131,7 @@ def _beside_guessing(cells: torch.Tensor, names: list[str]) -> dict[str, Any]:
         "balanced_accuracy": float((right[of > 0] / of[of > 0]).mean()),
         "uneven": bool(of.max() > 2 * of[of > 0].min()),
         "recall": {name: int(right[k]) / int(of[k]) for k, name in enumerate(names) if of[k]},
+        "guessing": 1 / len(names),
         "majority": {"class": names[most], "accuracy": int(of[most]) / n},
         # two standard errors of the difference, by McNemar (1947); nothing is said of a handful
         "better_than_guessing": None if n < FEW_TEST else gained - lost > 2 * math.sqrt(gained + lost),
@@ -163,7 +164,7 @@ def _draw_mistakes(result: dict[str, Any], file: Path, options: RunOptions) -> s
     assert isinstance(model, VisionTransformer)
     engine = start_engine(options)
     prepare(model.to(engine.device), engine, options)
-    test = load_matching_data(spec, None, DataOptions().data_dir).test
+    test = load_matching_data(spec, None, None).test
     assert test is not None and test.labels is not None
     with engine.autocast():
         probabilities = class_probabilities(model, test.to(engine.device)).cpu()
@@ -198,7 +199,8 @@ def _usefulness(result: dict[str, Any]) -> str:
     """Whether the model is any good, and what it gets wrong."""
     n, better, majority = result["test"]["images"], result["better_than_guessing"], result["majority"]
     said = f"The model is right on {result['accuracy']:.1%} of {n} test images"
-    said += f"; always saying {majority['class']} would be right on {majority['accuracy']:.1%}."
+    said += f"; always saying {majority['class']} would be right on {majority['accuracy']:.1%}"
+    said += f", guessing on {result['guessing']:.1%}."
     if better is None:
         said += f" {n} test images are too few to say whether it is any good: {FEW_TEST} are the least."
     elif not better:

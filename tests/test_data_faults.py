@@ -75,7 +75,7 @@ def test_nearly_black_images_are_named(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / "a" / f"dark{i}.png", i)
     (said,) = notes(tmp_path, "nearly black")
-    assert said.startswith("13 images")  # those of a are dark too: 0 to 9
+    assert said.startswith("nearly black: 13 of 23 images")  # those of a are dark too: 0 to 9
 
 
 @pytest.mark.parametrize(("size", "share"), [((32, 64), 0.5), ((64, 32), 0.5), ((32, 32), 0.0), ((32, 40), 0.2)])
@@ -98,6 +98,9 @@ def test_ignored_files_are_loud_over_a_tenth_and_advice_is_given() -> None:
 
 def test_a_class_whose_files_are_all_of_another_kind_is_loud(tmp_path: Path) -> None:
     classes(tmp_path, "ab", 10)
+    (tmp_path / "butterfly").mkdir()
+    assert "no images, so no class: butterfly/" in scan(f"folder:{tmp_path}").lines()
+    (tmp_path / "butterfly").rmdir()
     (tmp_path / "c").mkdir()
     for i in range(4):
         (tmp_path / "c" / f"{i}.dcm").write_bytes(b"DICM")

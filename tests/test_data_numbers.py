@@ -16,15 +16,18 @@ from PIL import Image
 
 from maelab import recipes
 from maelab.config import AS_IT_IS, ComputeOptions, Reading, RunOptions
-from maelab.data import load
+from maelab.data import ImageSet, load
 from maelab.data.decode import decode, read_header
 from maelab.data.folder import scan
 from maelab.data.images import read_all
-from maelab.data.layout import list_files
+from maelab.data.splits import content_key
 from maelab.demo import logic
 from maelab.errors import RunError, UsageError
 from maelab.export import export
+from maelab.inference import extract_features
+from maelab.model import VisionTransformer
 from maelab.tasks.evaluate import evaluate
+from maelab.tasks.features import features
 from maelab.tasks.finetune import finetune
 from maelab.tasks.predict import predict
 from maelab.tasks.pretrain import pretrain
@@ -188,21 +191,30 @@ def test_hostile_arrays_allocate_and_run_nothing(tmp_path: Path) -> None:
         assert why in line
 
 
-def test_images_for_testing_have_no_say_in_the_range(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", "npy", n=40)
-    files, (names, given) = list_files(root).files, list_files(root)[1:3]
-    assert names and not given
-    before = load(f"folder:{root}").reading.value_range
-    held = load(f"folder:{root}").test
-    assert held is not None and len(held)
-    (root / "test").mkdir()
-    (root / "train").mkdir()
-    for name in ("left", "right"):
-        (root / name).rename(root / "train" / name)
-        (root / "test" / name).mkdir()
-        write(root / "test" / name / "x.npy", np.full((*SIZE, 1), 60_000, np.uint16) + scene(len(files)))
-    after = load(f"folder:{root}").reading.value_range
-    assert before is not None and after is not None and after[0][1] <= 4095
+@pytest.mark.parametrize("group", [None, r"g\d+_"])
+def test_images_held_out_for_testing_have_no_say_in_the_range(group: str | None, tmp_path: Path) -> None:
+    """Bright images, of which only those stay that are held out, by their content or by their group."""
+    root, reading = folder(tmp_path / "images", "npy", n=40), Reading(group=group)
+    bright = [root / ("right", "left")[k % 2] / f"g{k // 2}_{k % 2}.npy" for k in range(80)]
+    for k, file in enumerate(bright):
+        write(file, np.full((*SIZE, 1), 60_000, np.uint16) + scene(k))
+    test = load(f"folder:{root}", reading=reading).test
+    assert test is not None and test.keys is not None
+    held = set(test.keys.tolist())
+    kept = [file for file in bright if int.from_bytes(content_key(file), "little", signed=True) in held]
+    assert 0 < len(kept) < 30
+    for file in {*bright} - {*kept}:
+        file.unlink()
+    value_range = load(f"folder:{root}", reading=reading).reading.value_range
+    assert value_range is not None and value_range[0][1] <= 4095
+
+
+def test_a_test_folder_has_no_say_in_the_range(tmp_path: Path) -> None:
+    for seed in range(8):
+        write(tmp_path / "train" / ("right", "left")[seed % 2] / f"{seed}.npy", scene(seed))
+        write(tmp_path / "test" / ("right", "left")[seed % 2] / "x.npy", scene(seed) + np.uint16(50_000))
+    value_range = load(f"folder:{tmp_path}").reading.value_range
+    assert value_range is not None and value_range[0][1] <= 4095
 
 
 def test_channels_of_many_have_a_range_each(tmp_path: Path) -> None:
@@ -266,7 +278,14 @@ def test_a_model_keeps_the_range_and_asks_no_image_for_it(trained: tuple[Path, P
     data = load(f"folder:{root}", img_size=SIZE, reading=Reading("pad"))
     assert spec.reading == data.reading and spec.reading.value_range is not None
     assert evaluate(run)["accuracy"] == 1
-    found = [*predict(run, sorted(root.rglob("*.npy")))]
+    files = sorted(root.rglob("*.npy"))
+    model, _ = load_model(run)
+    assert isinstance(model, VisionTransformer)
+    features(run, files[:4], out=tmp_path / "x.npz")
+    read = ImageSet(read_all(files[:4], SIZE, channels, spec.reading), None)
+    with np.load(tmp_path / "x.npz") as kept:
+        assert np.allclose(kept["features"], extract_features(model, read).numpy(), atol=1e-4)
+    found = [*predict(run, files)]
     assert [entry["label"] for entry in found] == [Path(entry["path"]).parent.name for entry in found]
     dark, bright = (write(tmp_path / f"{k}.npy", np.full((*SIZE, channels), k, np.uint16)) for k in (1000, 3000))
     one, other = read_all([dark, bright], SIZE, channels, spec.reading).float().mean(dim=(1, 2, 3)).tolist()

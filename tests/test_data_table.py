@@ -57,6 +57,7 @@ def test_a_table_that_lies_there_gives_the_labels(name: str, tmp_path: Path) -> 
     assert len(data.train) + len(data.test) == 40
     (said,) = [line for line in scan(f"folder:{tmp_path}").lines() if name in line]
     assert "column 'label'" in said and "40 of 40 images" in said
+    assert not any("ignored" in line for line in scan(f"folder:{tmp_path}").lines()), "the table is used"
 
 
 @pytest.mark.parametrize(

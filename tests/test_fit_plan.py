@@ -13,21 +13,8 @@ import pytest
 from maelab import fit, recipes
 from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import load, training_sets
-from maelab.data.folder import Found, scan
+from maelab.data.folder import scan
 from maelab.errors import UsageError
-
-
-def found(**changes: Any) -> Found:
-    return Found(
-        **{
-            "classes": {"cat": 700, "dog": 640, "ship": 600}, "unlabelled": 30, "val": 0, "test": 400, "held_out": True,
-            "side": 40, "smallest": (30, 32), "largest": (50, 60), "modes": {"RGB": 2370}, "animated": 0, "broken": (),
-            "ignored": {}, "notes": (), "fingerprint": "f", **changes,
-        }
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------- plan
 
 
 @pytest.fixture

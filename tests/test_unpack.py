@@ -102,7 +102,11 @@ def test_it_is_unpacked_once_and_again_when_it_changes(tmp_path: Path, cache: Pa
     os.utime(path, ns=(1, 1))
     other = unpacked(path)
     assert other != one and not one.exists() and (other / "cat" / "more.png").exists()
-    assert len(list((cache / "unpacked").glob("*/.maelab.json"))) == 1 and not list(cache.rglob("*.part"))
+    (cache / "unpacked" / "other").mkdir()
+    (cache / "unpacked" / "other" / ".maelab.json").write_text("{")  # damaged, and none of this archive's business
+    os.utime(path, ns=(2, 2))
+    assert unpacked(path) != other and not other.exists()
+    assert len(list((cache / "unpacked").glob("*/.maelab.json"))) == 2 and not list(cache.rglob("*.part"))
 
 
 def test_parts_inside_an_archive_and_parts_that_are_shards(tmp_path: Path) -> None:
@@ -185,10 +189,13 @@ def test_rows_without_a_label_or_an_image(tmp_path: Path, capsys: pytest.Capture
 
 def test_names_of_classes_are_no_paths(tmp_path: Path) -> None:
     odd = ["../../evil", "/etc", "..", ".hidden", "a/b", "a_b", "train", "x" * 400, "tab\there", "caf\u00e9"]
-    rows = [{"image": png(k * 20 + i), "label": name} for k, name in enumerate(odd) for i in range(3)]
+    odd += ["Cat", "cat", 'a<b>:"|?*']
+    rows = [{"image": png(k * 18 + i), "label": name} for k, name in enumerate(odd) for i in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     root = unpacked(tmp_path / "x.parquet")
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    assert len({name.casefold() for name in folders}) == len(odd), "where Cat is cat too"
+    assert not any(set(name) & set('<>:"|?*') for name in folders)
     assert len(folders) == len(odd) and all(len(list((root / name).iterdir())) == 3 for name in folders)
     assert len(load(f"folder:{tmp_path / 'x.parquet'}").class_names) == len(odd)
     assert not (tmp_path / "evil").exists()

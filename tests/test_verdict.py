@@ -102,14 +102,15 @@ def test_a_verdict_begins_with_whether_the_model_is_any_good(tmp_path):
 
     better, said = begins([[190, 0, 0], [5, 1, 0], [4, 0, 0]])
     assert better is False and said == (
-        "The model is right on 95.5% of 200 test images; always saying cat would be right on 95.0%. That is no better"
-        " than guessing. Some classes have few test images; with each class counted alike, it is right on 38.9%, least"
-        " on ship: 0.0%."
+        "The model is right on 95.5% of 200 test images; always saying cat would be right on 95.0%, guessing on 33.3%."
+        " That is no better than guessing. Some classes have few test images; with each class counted alike, it is"
+        " right on 38.9%, least on ship: 0.0%."
     )
     better, said = begins([[10, 2, 0], [0, 4, 0], [0, 0, 4]])
     assert better is None and "20 test images are too few to say whether it is any good: 30 are the least." in said
     assert begins([[30, 2, 2], [1, 30, 2], [2, 1, 30]]) == (
-        True, "The model is right on 90.0% of 100 test images; always saying cat would be right on 34.0%."
+        True, "The model is right on 90.0% of 100 test images; always saying cat would be right on 34.0%, guessing"
+        " on 33.3%."
     )  # fmt: skip
     # 9 images gained and 1 lost are beyond two standard errors, 5 gained and 1 lost are not
     assert begins([[49, 1, 0], [41, 9, 0], [0, 0, 0]])[0] and not begins([[49, 1, 0], [45, 5, 0], [0, 0, 0]])[0]

@@ -35,15 +35,15 @@ from maelab.data.layout import (
     File,
     Parts,
     describe_copies,
-    find_root,
     fingerprint_of,
     list_files,
     share_out,
-    tested,
     walk,
 )
 from maelab.data.sets import Dataset, ImageSet, MappedImages
 from maelab.data.splits import content_key, list_of_images
+from maelab.data.table import FOUND
+from maelab.data.unpack import find_root
 from maelab.errors import RunError, UsageError
 from maelab.names import visible
 
@@ -151,7 +151,10 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
     parts = share_out(files, [key for _, (_, key) in pairs], class_names, given)
     dangling: list[Path] = []
-    ignored = Counter(path.suffix.lower() for path in walk(root, dangling) if path.suffix.lower() not in SUFFIXES)
+    tables = (*FOUND, reading.labels or "")  # the latter with a column behind it
+    others = (path for path in walk(root, dangling) if path.suffix.lower() not in SUFFIXES)
+    others = (path for path in others if not any(path.name in table for table in tables))
+    ignored = Counter(path.suffix.lower() for path in others)
     count = Counter(parts.labels[~parts.val & ~parts.test & ~parts.left_out].tolist())
     _said.update((line, spec) for line in notes)  # by whoever asked
     by_area = sorted(headers, key=lambda header: header.height * header.width)
@@ -212,7 +215,7 @@ def load_folder(
     height, width = img_size or _default_size([header for _, header in headers])
     channels = in_chans or _channels([header for _, header in headers])
     if reading.value_range is None:
-        reading = replace(reading, value_range=_find_range(headers, bool(class_names) and not given, channels, root))
+        reading = replace(reading, value_range=_find_range(headers, class_names, given, channels, root))
     needed, free = len(files) * channels * height * width, _available_memory()
     if mapped := needed > _MAPPED_ABOVE:
         images, kept, keys, image_md5 = read_cached(listed, files, root, (channels, height, width), reading, skipped)
@@ -312,15 +315,19 @@ def _channels(headers: list[Header]) -> int:
     return many[0] if many else max(counts)
 
 
-def _find_range(headers: list[tuple[File, Header]], hold_out: bool, channels: int, root: Path) -> ValueRange | None:
+def _find_range(
+    headers: list[tuple[File, Header]], class_names: tuple[str, ...], given: bool, channels: int, root: Path
+) -> ValueRange | None:
     """The range of the images that have more than 8 bits; None if no image has. Those for testing have no say."""
-    deep = [file for file, header in headers if header.deep]
-    asked = [file for file in deep if file.part == "train"] or deep
-    asked = asked[:: max(1, len(asked) // RANGE_IMAGES)][:RANGE_IMAGES]
-    if hold_out and len(asked) > 1:
-        test = tested([content_key(file.path) for file in asked])
-        asked = [file for file, left_out in zip(asked, test.tolist(), strict=True) if not left_out]
-    return find_value_range(asked, channels, root)
+    deep = {file for file, header in headers if header.deep}
+    if not deep:
+        return None
+    read = each(content_key, [file for file, _ in headers], root, [], "reading images")
+    files, keys = map(list, zip(*read, strict=True))
+    parts = share_out(files, keys, class_names, given)
+    train = (~parts.val & ~parts.test & ~parts.left_out).tolist()
+    asked = [file for file, known in zip(files, train, strict=True) if known and file in deep] or [*deep]
+    return find_value_range(asked[:: -(-len(asked) // RANGE_IMAGES)], channels, root)
 
 
 def _describe_range(reading: Reading) -> list[str]:

@@ -66,18 +66,6 @@ class Listing(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def find_root(spec: str) -> Path:
-    """PATH of "folder:PATH"; of an archive or a table of images, the folder into which it is unpacked."""
-    if not spec.startswith("folder:"):
-        raise UsageError(f"--data {spec} is no folder of images; write --data folder:PATH")
-    if not (path := spec.removeprefix("folder:")):
-        raise UsageError("'folder:' names no folder; write folder:PATH")
-    from maelab.data.unpack import is_archive, unpacked  # which reads layouts too
-
-    place = Path(path).expanduser()
-    return unpacked(place) if is_archive(place) else place
-
-
 def list_files(root: Path, reading: Reading = AS_IT_IS) -> Listing:
     """The images of a folder, their classes, and what they are for.
 
@@ -110,7 +98,7 @@ def _tables_of(root: Path) -> tuple[list[Table], tuple[str, ...]]:
     tables = find_tables(root, parts)
     if tables:
         inside = [inner for part in parts or [root] for inner in _sub_folders(part) if _has_images(inner)]
-        if len(inside) > 1 and not any(_has_images_here(part) for part in parts or [root]):
+        if len(inside) > 1 and not any(list_images(part, deep=False) for part in parts or [root]):
             path = tables[0].path.relative_to(root)
             return [], (f"sub-folders are the classes, and {path} is not used; --labels {path} uses it instead",)
     return tables, ()
@@ -281,8 +269,9 @@ def _list_classes(folder: Path, several: bool = True) -> tuple[dict[str, list[Pa
     notes = []
     if empty := [name for name in by_class if name not in full]:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        named = ", ".join(f"{name}/{_instead(folder / name)}" for name in empty[:5])
-        notes.append(f"{'LOOK: ' * ('but' in named)}no images, so no class: {named}{more}")
+        held = [_instead(folder / name) for name in empty[:5]]
+        named = ", ".join(f"{name}/{other}" for name, other in zip(empty, held, strict=False))
+        notes.append(f"{'LOOK: ' * any(held)}no images, so no class: {named}{more}")
     spelt: dict[str, str] = {}
     for name in full:
         if (other := spelt.setdefault(name.casefold(), name)) != name:
@@ -333,10 +322,6 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _has_images_here(folder: Path) -> bool:
-    return bool(list_images(folder, deep=False))
-
-
 def _has_images(folder: Path) -> bool:
     return any(map(_is_image, walk(folder)))
 
@@ -372,20 +357,15 @@ class Parts(NamedTuple):
     left_out: torch.Tensor
 
 
-def _numbers(keys: list[bytes]) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
-
-
-def tested(keys: list[bytes]) -> torch.Tensor:
-    """Which images are held out for testing wherever no class makes an exception: bool (N,)."""
-    return hold_out(_numbers(keys), None, _TEST_FRACTION, "test")
-
-
 def share_out(files: list[File], keys: list[bytes], class_names: tuple[str, ...], given: bool) -> Parts:
     """Share out the images; `given`: the folder itself says which are for testing."""
-    number = _numbers(keys)
+
+    def numbers(keys: list[bytes]) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(b"".join(keys), "<i8").astype(np.int64))
+
+    number = numbers(keys)
     own = [key_of_text(f"group {file.group}") if file.group else key for file, key in zip(files, keys, strict=True)]
-    groups = _numbers(own)
+    groups = numbers(own)
     labels = torch.tensor([file.label for file in files])
     val, test = (torch.tensor([file.part == part for file in files]) for part in ("val", "test"))
     if class_names and not given:

@@ -29,7 +29,9 @@ from maelab.names import visible
 from maelab.progress import heartbeat
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet")
-_WANTED = {*SUFFIXES, *HEIF_SUFFIXES, ".csv", ".jsonl"}
+_IMAGES = {*SUFFIXES, *HEIF_SUFFIXES}
+_TABLES = {".csv", ".jsonl"}
+_LARGEST_IMAGE, _LARGEST_LABEL = 2**28, 2**16  # bytes of what is read as a whole
 _NOTE = ".maelab.json"  # hidden, and so no image: where it came from
 _LOOKED_AT = 2_000  # entries of a folder, until it is one of single images
 _BOMB, _ALLOWED = 200, 2**30  # times its own size, and bytes that any archive may unpack to
@@ -40,6 +42,16 @@ _MAGIC = {
     b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif",
     b"\x93NUMPY": ".npy",
 }  # fmt: skip
+
+
+def find_root(spec: str) -> Path:
+    """PATH of "folder:PATH"; of an archive or a table of images, the folder into which it is unpacked."""
+    if not spec.startswith("folder:"):
+        raise UsageError(f"--data {spec} is no folder of images; write --data folder:PATH")
+    if not (path := spec.removeprefix("folder:")):
+        raise UsageError("'folder:' names no folder; write folder:PATH")
+    place = Path(path).expanduser()
+    return unpacked(place) if is_archive(place) else place
 
 
 def is_archive(path: Path) -> bool:
@@ -89,9 +101,6 @@ def unpacked(path: Path) -> Path:
         make_folder(place.parent)
         with FileLock(f"{place}.lock"):
             if not (place / _NOTE).is_file():
-                for note in place.parent.glob(f"*/{_NOTE}"):
-                    if read_json(note).get("origin") == origin:
-                        shutil.rmtree(note.parent, ignore_errors=True)
                 part = place.with_suffix(".part")
                 shutil.rmtree(part, ignore_errors=True)
                 try:
@@ -99,11 +108,22 @@ def unpacked(path: Path) -> Path:
                     os.replace(part, place)
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
+                for note in place.parent.glob(f"*/{_NOTE}"):  # what the archive held before
+                    if note.parent != place and _origin(note) == origin:
+                        shutil.rmtree(note.parent, ignore_errors=True)
             inner = read_json(place / _NOTE).get("root", "")
     except (OSError, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise RunError(f"cannot unpack {path} into {place}: {why}; MAELAB_DATA names another cache") from error
     return place / inner
+
+
+def _origin(note: Path) -> object:
+    """Where an unpacked folder came from; None if nobody can say."""
+    try:
+        return read_json(note).get("origin")
+    except RunError:
+        return None
 
 
 def _unpack(sources: list[Path], origin: str, part: Path) -> None:
@@ -167,7 +187,7 @@ class _Writer:
                 if shutil.disk_usage(self.folder).free < len(block) + _SPARE:
                     raise RunError(f"no room left in {self.folder.parent}; MAELAB_DATA names another cache")
                 out.write(block)
-        self.images += file.suffix.lower() not in (".csv", ".jsonl")
+        self.images += file.suffix.lower() in _IMAGES
         self.beat(self.images)
 
     def class_folder(self, label: str | None) -> str:
@@ -175,12 +195,12 @@ class _Writer:
         if label is None or not label.strip():
             return "unlabelled"
         if label not in self.names:
-            name = unicodedata.normalize("NFC", re.sub(r"[\x00-\x1f\x7f/\\:]", "_", label.strip()))
-            name = name.encode(errors="replace")[:150].decode(errors="ignore")
+            name = unicodedata.normalize("NFC", re.sub(r'[\x00-\x1f\x7f/\\:<>"|?*]', "_", label.strip().rstrip(".")))
+            name = name.encode(errors="replace")[:150].decode(errors="ignore") or "_"
             name = f"_{name}" if passed_over(name) or name.casefold() in (*PARTS, "unlabelled", "unlabeled") else name
-            taken, number = set(self.names.values()), 2
+            taken, number = {one.casefold() for one in self.names.values()}, 2  # to some systems "Cat" is "cat"
             free = name
-            while free in taken:
+            while free.casefold() in taken:
                 free, number = f"{name}-{number}", number + 1
             self.names[label] = free
         return self.names[label]
@@ -193,7 +213,8 @@ def _checked(name: str, writer: _Writer) -> list[str] | None:
     """The parts of a member's path; None, counted, if it is not to be written."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     suffix = PurePosixPath(name).suffix.lower()
-    if name.startswith(("/", "\\")) or ".." in parts or re.match("^[A-Za-z]:", name) or "\0" in name:
+    streams = os.name == "nt" and ":" in name
+    if name.startswith(("/", "\\")) or ".." in parts or re.match("^[A-Za-z]:", name) or "\0" in name or streams:
         writer.other["paths that lead outside"] += 1
     elif (
         not parts
@@ -203,7 +224,7 @@ def _checked(name: str, writer: _Writer) -> list[str] | None:
         writer.other["names that are too long"] += 1
     elif any(map(passed_over, parts)):
         return None
-    elif suffix not in _WANTED:
+    elif suffix not in _IMAGES | _TABLES:
         writer.other[suffix or "without suffix"] += 1
     else:
         return parts
@@ -255,30 +276,30 @@ def _tar(file: Path, split: str, writer: _Writer) -> None:
 
 
 def _web_dataset(archive: tarfile.TarFile, file: Path, split: str, writer: _Writer) -> None:
-    sample: dict[str, bytes] = {}
-    before, number = "", 0
+    """The first image of each sample, in the folder of its class; samples are members that follow one another."""
+    sample, number = "", 0
+    image, label = None, None  # (suffix, content) and class of the sample
 
     def flush() -> None:
-        nonlocal number
-        image = next(((end, content) for end, content in sample.items() if f".{end}" in _WANTED), None)
+        nonlocal number, image, label
         if image:
             number += 1
-            label = sample["cls"].decode("utf-8", "replace") if "cls" in sample else None
-            place = [split] * bool(split) + [writer.class_folder(label), f"{file.stem[:80]}-{number:07d}.{image[0]}"]
-            _put_once(place, io.BytesIO(image[1]), writer)
-        sample.clear()
+            name = f"{_file_name(file)}-{number:07d}{image[0]}"
+            _put_once([split] * bool(split) + [writer.class_folder(label), name], io.BytesIO(image[1]), writer)
+        image, label = None, None
 
     for member in archive:
-        if not member.isfile() or member.size > 2**30:
-            continue
         folder, _, base = member.name.rpartition("/")
         stem, _, end = base.partition(".")
-        if (key := f"{folder}/{stem}") != before:
+        if (key := f"{folder}/{stem}") != sample:
             flush()
-            before = key
-        stream = archive.extractfile(member)
-        assert stream is not None
-        sample["cls" if end == "cls.txt" else end.lower()] = stream.read()
+            sample = key
+        stream = archive.extractfile(member) if member.isfile() else None
+        suffix = f".{end.lower()}"
+        if stream and suffix in (".cls", ".cls.txt") and member.size <= _LARGEST_LABEL:
+            label = stream.read().decode("utf-8", "replace")
+        elif stream and image is None and suffix in _IMAGES and member.size <= _LARGEST_IMAGE:
+            image = suffix, stream.read()
     flush()
 
 
