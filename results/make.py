@@ -95,9 +95,9 @@ CONTROLS = {  # of its table of controls: which classifiers from scratch, from a
 KINDS = ("reconstructions", "predictions")  # of pictures of runs on the page; it draws the others itself
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
 AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
-SHARES = {
-    "share1": " --label-fraction 0.01 --epochs 100 --batch-size 64",
-    "share10": " --label-fraction 0.1 --epochs 30 --batch-size 128",
+SHARES = {  # validation has the same share of the labels, 5 for 95; each seed has its own of both
+    "share1": " --label-fraction 0.01 --val-fraction 0.0005 --epochs 100 --batch-size 64",
+    "share10": " --label-fraction 0.1 --val-fraction 0.005 --epochs 30 --batch-size 128",
 }
 ADAPTATIONS = {
     "new-patches": " --adapt-patch-embed reinit",
@@ -130,17 +130,18 @@ def experiments() -> dict[str, dict[str, str]]:
             quickstart[f"{run}-p"] = f"pretrain mnist --seed {seed} --precision {name}"
             quickstart[f"{run}-f"] = f"finetune mnist --init @{run}-p --seed {seed} --precision {name}"
     for seed in SEEDS:
+        seeds = f"--seed {seed} --split-seed {seed}"
         controls[f"mae-cifar-s{seed}"] = f"pretrain cifar10 --seed {seed}"
         controls[f"mae-mnist-s{seed}"] = f"pretrain mnist {WIDE} --epochs 10 --seed {seed}"
         for origin in ("scratch", "mnist", "cifar"):
             init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
             for name, flags in SHARES.items():
-                labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
+                labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} {seeds}"
             for name, flags in AUGMENTATIONS.items():
                 controls[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
         for origin, init in {"scratch": "", "mae": f" --init @bf16-s{seed}-p"}.items():
             for name, flags in SHARES.items():
-                labels[f"mnist-{name}-{origin}-s{seed}"] = f"finetune mnist{init}{flags} --seed {seed}"
+                labels[f"mnist-{name}-{origin}-s{seed}"] = f"finetune mnist{init}{flags} {seeds}"
         labels[f"mnist-scratch-s{seed}"] = f"finetune mnist --seed {seed}"
     for seed in LONG_SEEDS:
         transfer[f"transfer-s{seed}"] = f"finetune cifar10 --init @mae-mnist-long --epochs 20 --seed {seed}"

@@ -120,7 +120,7 @@ def test_what_is_captured_stays_on_the_device(optimizer: str, digits_folder: Pat
             for name, task, config in (("mae", pretrain.pretrain, before), ("classifier", finetune.finetune, after)):
                 folder, _ = task(config, options=options(tmp_path / f"{name}-{captures}"))  # type: ignore[operator]
                 losses += [row["loss"] for row in read_metrics(folder) if "loss" in row]
-    # Muon rounds to 16 bits where the processor has units for them: one rounding the other way shows in the fifth digit.
+    # Muon rounds to 16 bits where the processor has units for them: one other rounding shows in the fifth digit.
     rel = 2e-4 if optimizer == "muon" else 1e-5
     assert losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], rel=rel)
     assert len(steps) > 4 and all(shapes == steps[0] for shapes in steps[: len(steps) // 4])

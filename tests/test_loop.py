@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,12 +297,14 @@ def test_gradients_of_the_parts_make_that_of_the_batch(tmp_path):
     torch.testing.assert_close(torch.stack(parts), torch.stack(whole))
 
 
-def scripted(values: list[float], seen: list[torch.Tensor]) -> Callable[[Any, int], dict[str, float]]:
+def scripted(
+    values: list[float], seen: list[torch.Tensor], losses: Sequence[float] = range(1, 100)
+) -> Callable[[Any, int], dict[str, float]]:
     """A validation that says what it is told to, and keeps the weights that it saw."""
 
     def validate(model: nn.Module, epoch: int) -> dict[str, float]:
         seen.append(flat(model))
-        return {"score": values[epoch - 1], "loss": float(epoch)}
+        return {"score": values[epoch - 1], "loss": float(losses[epoch - 1])}
 
     return validate
 
@@ -321,6 +323,15 @@ def test_the_best_weights_are_left_in_the_model(tmp_path, values, higher_is_bett
     assert not any(torch.equal(seen[best - 1], other) for i, other in enumerate(seen) if i != best - 1)
     state = load_file(tmp_path / "checkpoints" / "best" / "model.safetensors")
     assert torch.equal(torch.cat([state["weight"].flatten(), state["bias"]]), seen[best - 1])
+
+
+@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 3), (False, 4)])
+def test_of_epochs_that_score_the_same_the_one_with_the_lowest_loss_is_kept(tmp_path, higher_is_better, best):
+    """Of 25 validation images many epochs get as many right, and the first of them is the least trained."""
+    validate = scripted([3, 5, 5, 3], seen := [], [4, 3, 2, 1])
+    task = line_task(validate, metric="score", higher_is_better=higher_is_better)
+    assert fit(tmp_path, task).best_epoch == best
+    assert torch.equal(flat(task.model), seen[best - 1])
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 8), (1, 3), (2, 6), (3, 8)])

@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Task:
         step: batch and loss of a training step.
         validate: (model, epoch from 1) -> {"loss": ..., further metrics} on validation, without gradients. Only the
             first process is asked.
-        metric: the entry of `validate` that chooses the best epoch.
+        metric: the entry of `validate` that chooses the best epoch; of equal ones the lower loss does.
         higher_is_better: direction of that metric.
         patience: epochs without a better one before stopping; 0 never stops.
         layer_decay: see `build_optimizers`.
@@ -269,9 +269,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                             val = task.validate(judged, epoch)
                     val = engine.broadcast(val)
                     check(val["loss"], step)  # the weights may have gone with the last update
-                    better = val[task.metric] > position["best"].get(task.metric, -math.inf)
-                    if not task.higher_is_better:
-                        better = val[task.metric] < position["best"].get(task.metric, math.inf)
+                    better = not position["best"] or _merit(task, val) > _merit(task, position["best"])
                     if better:
                         position |= {"best_epoch": epoch, "best": val}
                     position["seconds"] = before + time.perf_counter() - begun
@@ -310,6 +308,11 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 def _stale(position: dict[str, Any], per_epoch: int, patience: int) -> bool:
     """Whether validation has not improved for `patience` whole epochs."""
     return patience > 0 and position["step"] // per_epoch - position["best_epoch"] >= patience
+
+
+def _merit(task: Task, val: Mapping[str, float]) -> tuple[float, float]:
+    """Few validation images give many epochs the same accuracy, the earliest first: their losses still differ."""
+    return val[task.metric] if task.higher_is_better else -val[task.metric], -val["loss"]
 
 
 def _top_rate(optimizers: Any) -> float:
