@@ -320,10 +320,13 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """cutmix (arXiv 1905.04899): alpha of the beta distribution; 0 is off"""
     patience: int = 0
     """stop when validation accuracy has not risen for so many epochs; 0 never stops early"""
+    keep: Literal["best", "last"] = "best"
+    """the weights of the best epoch on validation, or of the last: with few validation images the best is chance"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
+        _require(self.keep == "best" or not self.patience, "--patience needs --keep best")
 
 
 @dataclass(frozen=True, kw_only=True)

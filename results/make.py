@@ -95,9 +95,9 @@ CONTROLS = {  # of its table of controls: which classifiers from scratch, from a
 KINDS = ("reconstructions", "predictions")  # of pictures of runs on the page; it draws the others itself
 WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
 AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
-SHARES = {  # validation has the same share of the labels, 5 for 95; each seed has its own of both
-    "share1": " --label-fraction 0.01 --val-fraction 0.0005 --epochs 100 --batch-size 64",
-    "share10": " --label-fraction 0.1 --val-fraction 0.005 --epochs 30 --batch-size 128",
+SHARES = {  # no validation label chooses the epoch, and each seed has its own images
+    "share1": " --label-fraction 0.01 --epochs 100 --batch-size 64 --val-fraction 0.01 --keep last",
+    "share10": " --label-fraction 0.1 --epochs 30 --batch-size 128 --val-fraction 0.01 --keep last",
 }
 ADAPTATIONS = {
     "new-patches": " --adapt-patch-embed reinit",

@@ -158,6 +158,7 @@ WRONG = [
     (FinetuneConfig, {"layer_decay": 0.0}, "--layer-decay must be above 0"),
     (FinetuneConfig, {"drop_path": 1.0}, "--drop-path must lie in [0, 1), got 1.0"),
     (FinetuneConfig, {"patch_drop": 1.0}, "--patch-drop must lie in [0, 1), got 1.0"),
+    (FinetuneConfig, {"patience": 2, "keep": "last"}, "--patience needs --keep best"),
     (FinetuneConfig, {"patience": -1}, "--patience must be at least 0, got -1"),
     (FinetuneConfig, {"global_pool": "token", "class_token": False}, "--global-pool token needs --class-token"),
     (ProbeConfig, {"neighbours": 0}, "--neighbours must be at least 1, got 0"),

@@ -325,6 +325,13 @@ def test_the_best_weights_are_left_in_the_model(tmp_path, values, higher_is_bett
     assert torch.equal(torch.cat([state["weight"].flatten(), state["bias"]]), seen[best - 1])
 
 
+def test_the_last_weights_are_left_in_the_model_where_they_are_asked_for(tmp_path):
+    task = line_task(scripted([1, 4, 3, 2], seen := []), metric="score", higher_is_better=True, keep_last=True)
+    outcome = fit(tmp_path, task)
+    assert outcome.best_epoch == 4 and outcome.val == {"score": 2, "loss": 4.0}
+    assert torch.equal(flat(task.model), seen[3])
+
+
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 3), (False, 4)])
 def test_of_epochs_that_score_the_same_the_one_with_the_lowest_loss_is_kept(tmp_path, higher_is_better, best):
     """Of 25 validation images many epochs get as many right, and the first of them is the least trained."""

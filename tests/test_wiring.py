@@ -101,7 +101,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "label_fraction": (0.5,), "class_weights": ("balanced", {"limit": 30}), "global_pool": ("token",),
         "layer_decay": (0.3,), "drop_path": (0.5,),
         "patch_drop": (0.5,), "label_smoothing": (0.5,), "mixup": (0.8,), "cutmix": (0.8,),
-        "patience": (1, {"blr": 0.0, "epochs": 4}),
+        "patience": (1, {"blr": 0.0, "epochs": 4}), "keep": ("last", {"blr": 0.0, "epochs": 4}),
     },
     "probe": DATA | LOOP | {
         "init": ("other",), "label_fraction": (0.4,), "pool": ("token",), "neighbours": (1,),

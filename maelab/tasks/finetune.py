@@ -111,7 +111,7 @@ def finetune(
 ) -> tuple[Path, dict[str, Any]]:
     """Train a classifier, on a pretrained encoder or from scratch.
 
-    The best epoch is chosen on validation; the test set is read once, with that epoch's weights.
+    The best epoch on validation is kept, or the last (`keep`); the test set is read once, with that epoch's weights.
 
     Args:
         config: what to do, e.g. `maelab.recipes.finetune_mnist()`; `init` says where the encoder comes from, and
@@ -173,6 +173,7 @@ def finetune(
             metric="accuracy",
             higher_is_better=True,
             patience=config.patience,
+            keep_last=config.keep == "last",
             layer_decay=config.layer_decay,
         )
         outcome = train(engine, folder, task, config, tracker)

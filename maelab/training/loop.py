@@ -70,6 +70,7 @@ class Task:
         metric: the entry of `validate` that chooses the best epoch; of equal ones the lower loss does.
         higher_is_better: direction of that metric.
         patience: epochs without a better one before stopping; 0 never stops.
+        keep_last: whether the last epoch counts as the best whatever validation says.
         layer_decay: see `build_optimizers`.
         note: put behind each epoch's line, e.g. what the loss would be for a trivial prediction.
     """
@@ -82,6 +83,7 @@ class Task:
     metric: str
     higher_is_better: bool
     patience: int = 0
+    keep_last: bool = False
     layer_decay: float = 1.0
     note: str = ""
 
@@ -269,7 +271,9 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                             val = task.validate(judged, epoch)
                     val = engine.broadcast(val)
                     check(val["loss"], step)  # the weights may have gone with the last update
-                    better = not position["best"] or _merit(task, val) > _merit(task, position["best"])
+                    better = (
+                        task.keep_last or not position["best"] or _merit(task, val) > _merit(task, position["best"])
+                    )
                     if better:
                         position |= {"best_epoch": epoch, "best": val}
                     position["seconds"] = before + time.perf_counter() - begun
