@@ -16,6 +16,7 @@ from maelab.cli import signature
 from maelab.commandline import parse  # the very parser that a user's command meets
 from maelab.errors import RunError, UsageError
 from maelab.report import report
+from maelab.report.controls import holm, student_p
 from maelab.report.groups import command, families, load
 
 
@@ -91,15 +92,32 @@ def test_few_labels_are_a_budget_that_is_named(tmp_path):
     assert "1% of the labels. Ticks are seeds" in text
 
 
-def test_two_seeds_a_side_count_by_their_own_degrees_of_freedom(tmp_path):
+def test_two_seeds_a_side_count_by_their_own_degrees_of_freedom_and_among_all_that_is_compared(tmp_path):
+    texts = []
     for epochs, scratch, begun in ((1, (0.7551, 0.7478), (0.7811, 0.7896)), (2, (0.8192, 0.8193), (0.8364, 0.8394))):
         for seed in (0, 1):
             folder = tmp_path / "all" / f"{epochs}-{seed}"
             write(folder / "n", "finetune", "cifar10", scratch[seed], seed=seed, epochs=epochs)
             write(folder / "f", "finetune", "cifar10", begun[seed], seed=seed, epochs=epochs, init="elsewhere/mae")
-    text = page(tmp_path / "all", tmp_path / "page.html").text
-    assert "+3.39 0.56 better" in text  # Welch: t = 6.05, 1.96 degrees of freedom, p = 0.028
-    assert re.search(r"\+1.8[67] 0.15 no clear difference", text)  # t = 12.4, 1.00 degrees: p = 0.051
+        texts.append(page(tmp_path / "all", tmp_path / f"{epochs}.html").text)
+    alone, both = texts
+    assert "+3.39 0.56 better" in alone  # Welch: t = 6.05, 1.96 degrees of freedom, p = 0.028
+    assert "+3.39 0.56 no clear difference" in both  # Holm: the lower of two has to be below 0.025
+    assert re.search(r"\+1.8[67] 0.15 no clear difference", both)  # t = 12.4, 1.00 degrees: p = 0.051
+    assert "comparisons on this page, 1;" in alone and "comparisons on this page, 2;" in both
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),  # from tables; the first has a closed form, any number of them will do
+    [(1, 1, 0.5), (12.706, 1, 0.05), (4.303, 2, 0.05), (4.604, 4, 0.01), (-2.228, 10, 0.05), (1.962, 1000, 0.05)],
+)
+def test_p_values_are_those_of_students_tables(t, freedom, p):
+    assert student_p(t, freedom) == pytest.approx(p, rel=2e-3)
+
+
+def test_holm_steps_down_and_stops_at_the_first_that_fails():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]  # 0.03 > 0.05 / 2, so 0.04 < 0.05 no more
+    assert holm([0.04, 0.02]) == [True, True] and holm([0.06]) == [False] and holm([]) == []
 
 
 def test_a_ninth_line_is_not_drawn_alone(tmp_path):

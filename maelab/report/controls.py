@@ -34,11 +34,15 @@ PACE = ("label_fraction", "epochs", "batch_size", "warmup_epochs")  # what may c
 def controls(material: Material) -> Section | None:
     """Groups of one budget and model side by side, and what a single difference is worth."""
     blocks: list[Table | Figure] = []
-    every: list[tuple[Any, ...]] = []
+    compared: list[tuple[list[Group], list[list[Any]]]] = []
     for family in families(material.of("finetune")):
         groups = sorted((group for group in family if group.done), key=validated, reverse=True)
-        if len(groups) < 2:
-            continue
+        if len(groups) > 1:
+            pairs = [pair for a, b in itertools.permutations(groups, 2) if (pair := _difference(a, b))]
+            compared.append((groups, pairs))
+    _read([pair for _, pairs in compared for pair in pairs])
+    every: list[tuple[Any, ...]] = []
+    for groups, pairs in compared:
         data, runs = groups[0].data, [run for group in groups for run in group.done]
         what = f"{title(data)}: {describe(groups[0].config)}"
         rows = [(group.name, group.values("test", "accuracy")) for group in groups]
@@ -52,7 +56,6 @@ def controls(material: Material) -> Section | None:
         ]
         head = ("setting", "test accuracy", "validation", "seeds", "runs")
         blocks.append(Table(what, head, table, frozenset({0, 4})))
-        pairs = [pair for a, b in itertools.permutations(groups, 2) if (pair := _difference(a, b))]
         every += [(what, *pair) for pair in pairs]
         if pairs:
             head = ("setting", "control", "test accuracy", "control's", "points", "std. error", "reading")
@@ -70,7 +73,8 @@ def controls(material: Material) -> Section | None:
     text = [
         *_verdict(worth),
         "Within each comparison data, epochs, batch size and model are the same; what differs is in the name."
-        " A difference counts as clear where the 95 % interval of Welch's t excludes none; one seed supports no such"
+        " A difference counts as clear where Welch's t-test finds it at the 5 % level after Holm's correction for the"
+        f" number of comparisons on this page, {sum(row[5] != NONE for row in every)}; one seed supports no such"
         " statement.",
     ]
     return Section("controls", "Controls: what makes the difference", text, blocks) if blocks else None
@@ -87,18 +91,40 @@ def _difference(a: Group, b: Group) -> list[Any] | None:
     if plainness[0] > plainness[1] or x is None or y is None:
         return None
     points = 100 * (x.mean - y.mean)
-    error, reading = NONE, "one seed: no statement"
+    error, p = NONE, None
     if x.deviation is not None and y.deviation is not None:
         of_x, of_y = x.deviation**2 / x.n, y.deviation**2 / y.n
         spread = 100 * math.sqrt(of_x + of_y)
         freedom = (of_x + of_y) ** 2 / (of_x**2 / (x.n - 1) + of_y**2 / (y.n - 1)) if spread else 1
-        clear = abs(points) > np.interp(freedom, range(1, len(T_95) + 1), T_95) * spread
-        error, reading = f"{spread:.2f}", ("better" if points > 0 else "worse") if clear else "no clear difference"
-    return [a.name, b.name, show(x), show(y), f"{points:+.2f}".replace("-", MINUS), error, reading, differing[0]]
+        error, p = f"{spread:.2f}", student_p(points / spread, freedom) if spread else float(points == 0)
+    return [a.name, b.name, show(x), show(y), f"{points:+.2f}".replace("-", MINUS), error, p, differing[0]]
 
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; a line between two of them lies above the curve.
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+def student_p(t: float, freedom: float) -> float:
+    """The two-sided p-value of Student's t, for any number of degrees of freedom from 1.
+
+    With t = sqrt(freedom) tan(angle) the density is cos(angle) ** (freedom - 1), up to a factor.
+    """
+    angles = (np.arange(100_000) + 0.5) * (math.pi / 200_000)  # from 0 to a right angle
+    density = np.cos(angles) ** (freedom - 1)
+    return float(density[angles > math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum())
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several hypotheses are rejected, so that a false one among them is as rare as `level` (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    held = next((rank for rank, i in enumerate(order) if p_values[i] > level / (len(order) - rank)), len(order))
+    rejected = set(order[:held])
+    return [i in rejected for i in range(len(p_values))]
+
+
+def _read(rows: Sequence[list[Any]]) -> None:
+    """Put in the place of each p-value what it says, given all the others."""
+    judged = [row for row in rows if row[6] is not None]
+    for row in rows:
+        row[6] = row[6] if row[6] is not None else "one seed: no statement"
+    for row, clear in zip(judged, holm([row[6] for row in judged]), strict=True):
+        row[6] = ("worse" if row[4].startswith(MINUS) else "better") if clear else "no clear difference"
 
 
 def _verdict(rows: Sequence[tuple[str, Sequence[Any]]]) -> list[str]:
