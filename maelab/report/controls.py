@@ -182,8 +182,8 @@ def label_fractions(material: Material) -> Section | None:
         blocks.append(Table(f"{title(data)}: test accuracy by share of the labels.", head, rows))
     known = ", ".join(f"{accuracy:.4f} with {n:,}" for n, accuracy in published.CIFAR10_SEMI_SUPERVISED.items())
     text = (
-        f"Methods that learn from the unlabelled images while they classify are ahead: on CIFAR-10 FixMatch reports {known}"
-        " labels, with a convolutional network (WRN-28-2, arXiv 2001.07685)."
+        "Methods that learn from the unlabelled images while they classify are ahead: on CIFAR-10 FixMatch reports"
+        f" {known} labels, with a convolutional network (WRN-28-2, arXiv 2001.07685)."
     )
     return Section("labels", "Few labels", [text], blocks) if blocks else None
 
