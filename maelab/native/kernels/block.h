@@ -275,6 +275,14 @@ static float range_scale(const float *dy, long count) {
 #endif
 }
 
+#ifdef FP16
+static int all_finite(const float *x, long count) {
+    for (long i = 0; i < count; i++)
+        if (!isfinite(x[i])) return 0;
+    return 1;
+}
+#endif
+
 // `packed`: the weights for the way back. `add`: the sums of weight gradients hold something already.
 static void backward_chunk(const Block *p, Work *w, const half *packed, long s0, long n, int add) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
@@ -365,14 +373,15 @@ PUBLIC void NAME(block_forward)(const Block *p) {
     }
 }
 
-PUBLIC void NAME(block_backward)(const Block *p) {
+// All gradients, each carried `up` times as large on the way.
+static void backward(const Block *p, float up) {
     long D = p->D, F = p->F, parts = p->threads;
     half *packed = (half *)UP((uintptr_t)p->work, 64);
     char *base = (char *)packed + UP(2 * (4 * D * D + 2 * D * F), 4096);
     Work first;
     size_t size = layout(p, &first, 0, 1);
     layout(p, &first, base, 1);
-    float up = range_scale(p->dy, p->B * p->T * D), down = 1.0f / up;
+    float down = 1.0f / up;
 #pragma omp parallel num_threads(parts)
 #pragma omp for schedule(static, 1)
     for (long part = 0; part < parts; part++) pack_block(p, packed, 1, part, parts);
@@ -408,5 +417,16 @@ PUBLIC void NAME(block_backward)(const Block *p) {
                    pieces * (part + 1) / parts);
         }
     }
+}
+
+PUBLIC void NAME(block_backward)(const Block *p) {
+    float up = range_scale(p->dy, p->B * p->T * p->D);
+    backward(p, up);
+#ifdef FP16
+    // What large weights or sums over many tokens carry out of the range, ends in the gradient of some parameter as
+    // infinity or none. Then all is computed again, smaller.
+    long matrices = p->need_weights ? 4 * p->D * p->D + 2 * p->D * p->F : 0;
+    for (int times = 0; times < 3 && !all_finite(p->grads, vector_count(p) + matrices); times++) backward(p, up /= 32);
+#endif
 }
 
