@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -117,8 +118,12 @@ def _to_timm(model: VisionTransformer, spec: ModelSpec, out: Path) -> dict[str, 
     about = {"num_heads": block.attn.num_heads, "img_size": model.img_size, "class_names": spec.class_names}
     metadata = {"format": "pt", "maelab": json.dumps(about)}
     write_atomically(out, safetensors.torch.save(_plain(state), metadata))
-    kept = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+    kept = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "class_token")
     arguments = {name: spec.arguments[name] for name in kept if name in spec.arguments}
+    hidden, width = block.mlp.fc1.out_features, model.embed_dim
+    ratio = hidden / width  # timm takes the whole part of width * ratio, which can lose one
+    arguments["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    arguments["qkv_bias"] = block.attn.qkv.bias is not None
     pool = model.global_pool if model.num_classes else ""
     return {"img_size": model.img_size, **arguments, "num_classes": model.num_classes, "global_pool": pool}
 

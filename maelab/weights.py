@@ -24,6 +24,9 @@ from maelab.model.vit import Block
 PATCH_WEIGHT, PATCH_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that the original MAE's images have
 MAX_WEIGHTS, MAX_JSON = 16 * 2**30, 2**24  # bytes of a file
+# A file of weights does not tell its heads. They are 64 wide in published ViTs, but in these: ViT-SO400M, H, g and G.
+WIDER_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+NESTED = ("model", "state_dict", "model_ema", "state_dict_ema", "module")  # where training scripts keep the weights
 State = dict[str, torch.Tensor]
 
 
@@ -158,9 +161,9 @@ def read_foreign(path: str | Path) -> Foreign | None:
     """Read a model that another library saved; None if `path` is no such thing.
 
     Args:
-        path: 'hf:NAME' for a model of the Hugging Face hub, a folder of transformers (ViTMAE or ViT), or a file
-            (.safetensors, .pth, .pt, .bin) with timm's names or the original MAE's. Pickles are read with
-            weights_only=True.
+        path: 'hf:NAME' for a model of the Hugging Face hub, a folder of transformers (ViTMAE or ViT) or of timm, or a
+            file (.safetensors, .pth, .pt, .bin, .pth.tar) with timm's names or the original MAE's. Pickles are read
+            with weights_only=True.
 
     The weights are changed, exactly, to take images in [-1, 1]: see `fold_normalisation`.
 
@@ -168,16 +171,16 @@ def read_foreign(path: str | Path) -> Foreign | None:
         UsageError: if it is a model that maelab's cannot express.
         RunError: if it is damaged, too large, or cannot be fetched.
     """
-    if str(path).startswith("hf:"):
-        return _read_hugging_face(_from_hub(str(path).removeprefix("hf:")))
-    path = Path(path)
-    if path.is_file() and path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    path = _from_hub(str(path).removeprefix("hf:")) if str(path).startswith("hf:") else Path(path)
+    if path.is_file() and path.name.endswith((".safetensors", ".pth", ".pt", ".bin", ".pth.tar")):
         return _read_timm(path)
     try:
-        theirs = "model_type" in read_json(path / "config.json", MAX_JSON)
+        config = read_json(path / "config.json", MAX_JSON)
     except RunError:  # for others to name
         return None
-    return _read_hugging_face(path) if theirs else None
+    if "architecture" in config and "model_type" not in config:
+        return _read_timm(_weights_in(path), config)
+    return _read_hugging_face(path) if "model_type" in config else None
 
 
 def fold_normalisation(state: State, mean: Sequence[float], std: Sequence[float], pixels_out: bool = False) -> State:
@@ -201,8 +204,18 @@ def fold_normalisation(state: State, mean: Sequence[float], std: Sequence[float]
     return state
 
 
+def _weights_in(folder: Path) -> Path:
+    file = next((f for f in (folder / "model.safetensors", folder / "pytorch_model.bin") if f.is_file()), None)
+    if file is None:
+        raise UsageError(f"{folder} has neither model.safetensors nor pytorch_model.bin (a model in parts is not read)")
+    return file
+
+
 def _read_tensors(file: Path) -> tuple[State, dict[str, str]]:
-    """The weights in a file, float32, and its metadata. Nothing larger than the file itself comes out of it."""
+    """The weights in a file, float32, and its metadata. Nothing larger than the file itself comes out of it.
+
+    Of a pickle of the original MAE the metadata are its command's arguments, as text.
+    """
     try:
         size = file.stat().st_size
         if size > MAX_WEIGHTS:
@@ -222,7 +235,9 @@ def _read_tensors(file: Path) -> tuple[State, dict[str, str]]:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd pickles
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-            for key in ("model", "state_dict"):
+            if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):
+                metadata = {str(name): str(value) for name, value in vars(content["args"]).items()}
+            for key in NESTED:
                 if isinstance(content, dict) and isinstance(content.get(key), dict):
                     content = content[key]
         if not isinstance(content, dict) or not content:
@@ -264,45 +279,107 @@ def _classifier_arguments(state: State) -> dict[str, Any]:
     return {"num_classes": classes, "global_pool": pool, "learned_pos_embed": True}
 
 
-def _read_timm(file: Path) -> Foreign:
-    """A file with timm's names, which the original MAE shares. Only the encoder and the head are read: such files do
-    not say what a decoder predicts."""
+def _unwrapped(found: State) -> tuple[State, list[str]]:
+    """The model without what it was wrapped in (module. by data parallel training, encoder. or model. as a part of a
+    larger one), and what that leaves out, in words."""
+    prefixes = {name.removesuffix(PATCH_WEIGHT) for name in found if name.endswith("." + PATCH_WEIGHT)}
+    if PATCH_WEIGHT in found or len(prefixes) != 1:
+        return found, []
+    (prefix,) = prefixes
+    state = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    outside = sorted(name for name in found if not name.startswith(prefix))
+    return state, [f"left out, not under {prefix!r}: {', '.join(outside)[:100]}"] if outside else []
+
+
+def _read_timm(file: Path, config: dict[str, Any] | None = None) -> Foreign:
+    """A file with timm's names, which the original MAE shares. Its decoder is read where the file holds the original
+    MAE's command: otherwise nothing says what the decoder predicts.
+
+    Args:
+        file: the weights.
+        config: config.json of a folder of timm's.
+    """
     found, metadata = _read_tensors(file)
-    state = {name: value for name, value in found.items() if not name.startswith(("decoder_", "mask_token"))}
-    notes = ["its decoder is left out"] if len(state) < len(found) else []
+    found, notes = _unwrapped(found)
+    own_mae = "norm_pix_loss" in metadata and "decoder_pred.weight" in found
+    state = {n: value for n, value in found.items() if own_mae or not n.startswith(("decoder_", "mask_token"))}
+    if len(state) < len(found):
+        notes.append("its decoder is left out")
     try:
         own = parse_json(metadata.get("maelab", "{}"))
         embed_dim = state[PATCH_WEIGHT].shape[0]
-        # A state does not tell its heads. Those of ViT-Ti, S, B and L are 64 wide, those of ViT-H 80.
-        num_heads = own["num_heads"] if own else 16 if embed_dim == 1280 else embed_dim // 64
+        guessed = WIDER_HEADS.get(embed_dim, 0 if embed_dim % 64 else embed_dim // 64)
+        num_heads = own["num_heads"] if own else guessed
+        if not num_heads:
+            raise UsageError(
+                f"{file} does not say how many heads its blocks of width {embed_dim} have;"
+                " give a folder of transformers or of maelab export --format safetensors"
+            )
         if not own:
-            if embed_dim % max(num_heads, 1) or not num_heads:
-                raise UsageError(
-                    f"{file} does not say how many heads its blocks of width {embed_dim} have;"
-                    " give a folder of transformers or of maelab export --format safetensors"
-                )
-            notes.append(f"{num_heads} attention heads assumed")
+            notes.append(f"{num_heads} attention heads, GELU and layer norms with 1e-6 assumed")
         tokens = state["pos_embed"].shape[1]
         if not own and "cls_token" in state and math.isqrt(tokens) ** 2 == tokens:  # timm's no_embed_class
             state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-        arguments = _encoder_arguments(state, num_heads) | _classifier_arguments(state)
+        arguments = _encoder_arguments(state, num_heads)
+        positions, side = state["pos_embed"].shape[1] - arguments["class_token"], arguments["img_size"][0]
         if own:
             arguments["img_size"] = tuple(own["img_size"])
-        elif arguments["in_chans"] == 3:
-            grid = (arguments["img_size"][0] // arguments["patch_size"],) * 2
-            fixed = sincos_pos_embed(embed_dim, grid, arguments["class_token"])
-            if fixed.shape == state["pos_embed"].shape and torch.allclose(fixed, state["pos_embed"], atol=1e-3):
-                state = fold_normalisation(state, *IMAGENET)
-                notes.append("colours as in the original MAE, by ImageNet's mean and deviation")
-            else:
-                notes.append("colours assumed in [-1, 1]")
+        elif (side // arguments["patch_size"]) ** 2 != positions:
+            raise UsageError(
+                f"{file} has {positions} positions, no square, and does not say how high and wide its grid is"
+            )
+        ratio = None
+        if own_mae:
+            arguments |= _original_decoder(state, metadata)
+            ratio = float(metadata["mask_ratio"])
+        else:
+            arguments |= _classifier_arguments(state)
+            if not own and arguments["num_classes"] and arguments["global_pool"] == "token":
+                notes.append("classification from the class token assumed")
+        colours, said = _colours_of_timm(state, arguments, metadata, config)
+        if not own:
+            notes += said
+            if colours:
+                state = fold_normalisation(state, *colours, own_mae and not arguments["norm_pix_loss"])
         names = tuple(map(str, own.get("class_names", ())))
-        return Foreign("VisionTransformer", arguments, state, names, None, tuple(notes))
+        kind = "MaskedAutoencoderViT" if own_mae else "VisionTransformer"
+        return Foreign(kind, arguments, state, names, ratio, tuple(notes))
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise RunError(
             f"{file} holds no Vision Transformer under timm's names ({type(error).__name__}: {error}); a model of"
             " transformers is given by its folder"
         ) from error
+
+
+def _original_decoder(state: State, command: dict[str, str]) -> dict[str, Any]:
+    """Arguments of the original MAE's decoder; all of its decoders have 16 heads."""
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
+    if not 0 < float(command["mask_ratio"]) < 1 or depth > len(state):
+        raise ValueError(f"mask_ratio {command['mask_ratio']}, {depth} decoder blocks")
+    return {
+        "decoder_embed_dim": state["decoder_pred.weight"].shape[1],
+        "decoder_depth": depth,
+        "decoder_num_heads": 16,
+        "norm_pix_loss": command["norm_pix_loss"] == "True",
+    }
+
+
+def _colours_of_timm(
+    state: State, arguments: dict[str, Any], command: dict[str, str], config: dict[str, Any] | None
+) -> tuple[tuple[Sequence[float], Sequence[float]] | None, list[str]]:
+    """Mean and deviation that the images of a file of timm's or the original MAE's had, if not 0.5, and how that is
+    known."""
+    channels, cfg = arguments["in_chans"], (config or {}).get("pretrained_cfg", {})
+    if "mean" in cfg and "std" in cfg:
+        return _checked_colours(cfg["mean"], cfg["std"], channels)
+    if channels != 3:
+        return None, []
+    grid = (arguments["img_size"][0] // arguments["patch_size"],) * 2
+    fixed = sincos_pos_embed(arguments["embed_dim"], grid, arguments["class_token"])
+    still = fixed.shape == state["pos_embed"].shape and torch.allclose(fixed, state["pos_embed"], atol=1e-3)
+    if still or {"norm_pix_loss", "nb_classes"} & command.keys():
+        return IMAGENET, ["colours as in the original MAE, by ImageNet's mean and deviation"]
+    return None, ["colours assumed in [-1, 1]"]
 
 
 # ------------------------------------------------------------------------------------------------------- Hugging Face
@@ -405,13 +482,12 @@ def _read_hugging_face(folder: Path) -> Foreign:
     kind = config.get("model_type")
     if kind not in ("vit_mae", "vit"):
         raise UsageError(f"{folder} is a model of type {kind!r}; of transformers, maelab reads vit_mae and vit")
-    file = next((f for f in (folder / "model.safetensors", folder / "pytorch_model.bin") if f.is_file()), None)
-    if file is None:
-        raise UsageError(f"{folder} has neither model.safetensors nor pytorch_model.bin (a model in parts is not read)")
-    tensors, _ = _read_tensors(file)
+    tensors, _ = _read_tensors(_weights_in(folder))
     try:
-        if config.get("hidden_act", "gelu") != "gelu" or float(config.get("layer_norm_eps", 0)) > 1e-5:
+        epsilon = float(config.get("layer_norm_eps", 1e-12))  # transformers' default
+        if config.get("hidden_act", "gelu") != "gelu" or epsilon > 2e-6:
             raise UsageError(f"{folder} has another activation or layer norm than maelab's models (gelu, 1e-6)")
+        notes = () if epsilon == 1e-6 else (f"layer norms with {epsilon:g} taken for 1e-6",)
         state = from_hugging_face(tensors)
         arguments = _encoder_arguments(state, _count(config, "num_attention_heads"))
         size = config["image_size"]
@@ -429,7 +505,8 @@ def _read_hugging_face(folder: Path) -> Foreign:
             if not 0 < ratio < 1 or arguments["decoder_depth"] > len(state):
                 raise ValueError(f"mask_ratio {ratio}, {arguments['decoder_depth']} decoder blocks")
             found = Foreign("MaskedAutoencoderViT", arguments, state, (), ratio)
-        return _in_our_colours(found, folder / "preprocessor_config.json")
+        found = _in_our_colours(found, folder / "preprocessor_config.json")
+        return replace(found, notes=(*notes, *found.notes))
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise RunError(f"{folder} is damaged or no {kind} model: {type(error).__name__}: {error}") from error
 
@@ -446,14 +523,20 @@ def _in_our_colours(found: Foreign, file: Path) -> Foreign:
         return replace(found, notes=("no preprocessor_config.json: colours assumed in [-1, 1]",))
     config, channels = read_json(file, MAX_JSON), found.arguments["in_chans"]
     plain = not config.get("do_normalize", True)
-    mean, std = ([0.0] * channels, [1.0] * channels) if plain else (config["image_mean"], config["image_std"])
+    colours = ([0.0] * channels, [1.0] * channels) if plain else (config["image_mean"], config["image_std"])
+    checked, notes = _checked_colours(*colours, channels)
+    if checked is None:
+        return found
+    pixels_out = found.model == "MaskedAutoencoderViT" and not found.arguments["norm_pix_loss"]
+    return replace(found, state=fold_normalisation(found.state, *checked, pixels_out), notes=tuple(notes))
+
+
+def _checked_colours(mean: Any, std: Any, channels: int) -> tuple[tuple[list[float], list[float]] | None, list[str]]:
+    """Mean and deviation that images were normalised by, a number for each channel, and the same in words; None where
+    they bring images to [-1, 1], as here."""
     mean, std = ([float(v) for v in (vs if isinstance(vs, list) else [vs] * channels)] for vs in (mean, std))
     if not len(mean) == len(std) == channels or not all(
         abs(m) < 1e3 and 1e-3 < s < 1e3 for m, s in zip(mean, std, strict=True)
     ):
         raise ValueError(f"image_mean {mean} and image_std {std} for {channels} channels")
-    if set(mean + std) == {0.5}:
-        return found
-    pixels_out = found.model == "MaskedAutoencoderViT" and not found.arguments["norm_pix_loss"]
-    state = fold_normalisation(found.state, mean, std, pixels_out)
-    return replace(found, state=state, notes=(f"colours normalised by {mean} and {std}",))
+    return None if set(mean + std) == {0.5} else (mean, std), [f"colours normalised by {mean} and {std}"]

@@ -152,6 +152,13 @@ def timm_forward(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) ->
     return dense(norm(x, "norm")[:, 0], "head")
 
 
+def test_timm_is_told_the_biases_and_a_ratio_whose_whole_part_is_the_hidden_width(tmp_path):
+    changes = {"embed_dim": 224, "mlp_ratio": 1952 / 224, "num_heads": 7, "depth": 1, "qkv_bias": False}
+    run = checkpoint(tmp_path / "run", VisionTransformer, **changes)
+    arguments = export(run, format="timm", out=tmp_path / "vit.safetensors")["arguments"]
+    assert int(224 * arguments["mlp_ratio"]) == 1952 and arguments["qkv_bias"] is False  # timm computes it so
+
+
 def test_timm_and_back(tmp_path):
     run, out = checkpoint(tmp_path / "run", VisionTransformer, img_size=(14, 28)), tmp_path / "vit.safetensors"
     arguments = export(run, format="timm", out=out)["arguments"]

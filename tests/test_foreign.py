@@ -133,7 +133,7 @@ def test_the_original_mae(tmp_path, capsys):
         expected = model.forward_features(theirs(images()))
         torch.testing.assert_close(ours.forward_features(images()), expected, rtol=0, atol=1e-5)
     said = capsys.readouterr().err
-    assert "decoder is left out" in said and "1 attention heads assumed" in said and "original MAE" in said
+    assert "decoder is left out" in said and "1 attention heads, GELU" in said and "original MAE" in said
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
@@ -157,6 +157,58 @@ def test_timm_without_a_position_for_the_class_token(tmp_path):
         ours = load_model(tmp_path / "vit.safetensors")[0]
         assert {p.dtype for p in ours.parameters()} == {torch.float32}
         torch.testing.assert_close(ours(images()), model(images()), rtol=0, atol=0.02)  # half precision in between
+
+
+def test_the_original_maes_command_tells_what_its_decoder_predicts(tmp_path):
+    model = MaskedAutoencoderViT(**SHAPE, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=16).eval()
+    randomize(model)
+    command = argparse.Namespace(norm_pix_loss=False, mask_ratio=0.5)
+    torch.save({"model": model.state_dict(), "args": command}, tmp_path / "mae.pth")
+    ours, spec = load_model(tmp_path / "mae.pth")
+    assert isinstance(ours, MaskedAutoencoderViT) and spec.mask_ratio == 0.5 and not ours.norm_pix_loss
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        _, pred, mask = ours(images(), 0.5, noise)
+        _, expected, same = model(theirs(images()), 0.5, noise)
+    pixels = expected.reshape(3, 16, 16, 3) * COLOURS[1].flatten() + COLOURS[0].flatten()  # in [0, 1]
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(pred, (2 * pixels - 1).reshape(3, 16, 48), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["module.", "encoder.", "state_dict_ema", "pth.tar", "fine-tuned", "hub"])
+def test_files_as_training_scripts_and_hubs_leave_them(form, tmp_path, capsys):
+    """And what they say of their images' colours is heeded, though the positions were trained."""
+    model = VisionTransformer(
+        **SHAPE, num_classes=3, learned_pos_embed=True, class_token=True, global_pool="token"
+    ).eval()
+    randomize(model)
+    state, path = model.state_dict(), tmp_path / ("vit.pth.tar" if form == "pth.tar" else "vit.pth")
+    if form == "hub":
+        path = tmp_path / "hub"
+        path.mkdir()
+        save_file(state, path / "model.safetensors")
+        cfg = {"mean": IMAGENET[0], "std": IMAGENET[1], "input_size": [3, 16, 16]}
+        (path / "config.json").write_text(json.dumps({"architecture": "vit_own", "pretrained_cfg": cfg}))
+    elif form == "fine-tuned":
+        torch.save({"model": state, "args": argparse.Namespace(nb_classes=3)}, path)
+    elif form.endswith("."):
+        torch.save({"state_dict": {form + name: value for name, value in state.items()}}, path)
+    else:
+        torch.save({form if "_" in form else "state_dict": state}, path)
+    given = theirs(images()) if form in ("fine-tuned", "hub") else images()
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(path)[0](images()), model(given), rtol=0, atol=1e-5)
+    said = capsys.readouterr().err
+    assert (
+        "1 attention heads, GELU and layer norms with 1e-6 assumed" in said and "from the class token assumed" in said
+    )
+
+
+def test_what_lies_outside_the_wrapped_model_is_named(tmp_path, capsys):
+    state = {f"encoder.{name}": value for name, value in state_of(num_classes=0).items()}
+    torch.save(state | {"queue": torch.ones(3)}, tmp_path / "moco.pth")
+    load_model(tmp_path / "moco.pth")
+    assert "left out, not under 'encoder.': queue" in capsys.readouterr().err
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -206,7 +258,8 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (state_of(embed_dim=32), "does not say how many heads its blocks of width 32 have"),
         (state_of() | {"blocks.0.ls1.gamma": torch.ones(64)}, 'Unexpected key(s) in state_dict: "blocks.0.ls1.gamma"'),
         (state_of() | {"blocks.999999999.x": torch.ones(1)}, "blocks.999999999 without"),
-        (state_of() | {"pos_embed": torch.ones(1, 18, 64)}, "size mismatch for pos_embed"),
+        (state_of() | {"pos_embed": torch.ones(1, 18, 64)}, "17 positions, no square, and does not say how high"),
+        (state_of(embed_dim=96), "does not say how many heads its blocks of width 96 have"),
         (state_of() | {"blocks.1.mlp.fc1.weight": torch.ones(10**6)}, "size mismatch for blocks.1.mlp.fc1.weight"),
     ],
 )
@@ -254,6 +307,7 @@ def test_damaged_files(name, damage, tmp_path, monkeypatch):
         ("config.json", {"decoder_num_hidden_layers": 10**9}, "1000000000 decoder blocks"),
         ("config.json", {"mask_ratio": 1.5}, "mask_ratio 1.5"),
         ("config.json", {"mask_ratio": None}, "damaged or "),
+        ("config.json", {"layer_norm_eps": 1e-5}, "has another activation or layer norm than maelab's"),
         ("config.json", {"hidden_act": "relu"}, "has another activation or layer norm than maelab's"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "for 3 channels"),
         ("preprocessor_config.json", {"image_std": [0.5, 0.5, 0]}, "for 3 channels"),

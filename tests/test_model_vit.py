@@ -81,6 +81,11 @@ def test_class_token_logits_and_gradients_equal_hugging_face(img_size, p, channe
         torch.testing.assert_close(grads[name], grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_hidden_width_comes_back_from_its_ratio():
+    assert int(224 * (1952 / 224)) == 1951
+    assert Block(224, 7, 1952 / 224).mlp.fc1.out_features == 1952 and Block(96, 3, 3.33).mlp.fc1.out_features == 319
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_average_pooling_by_hand(class_token):
     model, imgs = small(global_pool="avg", class_token=class_token), images(2, 3, 16, 16)

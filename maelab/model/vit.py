@@ -125,7 +125,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio + 1e-4))  # 416 / 960 * 960 is 415.99...
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor, tail: int | None = None) -> torch.Tensor:
