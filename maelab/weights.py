@@ -487,7 +487,7 @@ def _read_hugging_face(folder: Path) -> Foreign:
         epsilon = float(config.get("layer_norm_eps", 1e-12))  # transformers' default
         if config.get("hidden_act", "gelu") != "gelu" or epsilon > 2e-6:
             raise UsageError(f"{folder} has another activation or layer norm than maelab's models (gelu, 1e-6)")
-        notes = () if epsilon == 1e-6 else (f"layer norms with {epsilon:g} taken for 1e-6",)
+        notes = () if epsilon == 1e-6 else (f"layer norms with {epsilon:g} taken for 1e-06",)
         state = from_hugging_face(tensors)
         arguments = _encoder_arguments(state, _count(config, "num_attention_heads"))
         size = config["image_size"]

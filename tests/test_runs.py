@@ -273,7 +273,7 @@ def test_metrics_have_a_row_for_each_epoch_and_split(whole):
         "epoch", "split", "loss", "accuracy"
     }  # fmt: skip
     assert result(folder)["train"] == {k: train[k] for k in ("loss", "accuracy")}
-    best = max((row for row in rows(folder) if row["split"] == "val"), key=lambda row: row["accuracy"])
+    best = max((row for row in rows(folder) if row["split"] == "val"), key=lambda row: (row["accuracy"], -row["loss"]))
     assert (result(folder)["best_epoch"], result(folder)["val"]["accuracy"]) == (best["epoch"], best["accuracy"])
     assert "knn_accuracy" in rows(whole(*PRETRAIN, "--norm-pix-loss", "--knn-every", 1, "--crop-scale", 0.5,
                                         "--affine-degrees", 10))[1]  # fmt: skip
