@@ -27,11 +27,12 @@ from maelab.model.vit import LAYER_NORM_EPS, Block
 from maelab.names import encodable
 from maelab.runs import config_of, write_atomically, write_json
 from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
-from maelab.weights import to_hugging_face
+from maelab.weights import PATCH_WEIGHT, to_hugging_face
 
 ENDINGS = {"onnx": ".onnx", "timm": ".safetensors", "hf": "", "safetensors": ""}  # without one: a folder
 OPSET = 18  # of ONNX; the oldest that torch's exporter writes
 TOLERANCE = 1e-4  # between torch and onnxruntime
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue count in a grey image (ITU-R 601-2, as Pillow converts)
 MEASURED = 5000  # images at most on which int8 is judged
 
 
@@ -47,7 +48,8 @@ def export(
 
     The ONNX model takes float32 images (N, C, H, W) in [-1, 1] and gives logits (N, classes), or for an autoencoder the
     features of its encoder (N, D), the mean of the patch tokens; class names and preprocessing are in its metadata.
-    transformers reads the folder as ViTMAEForPreTraining or ViTForImageClassification; timm's file holds a
+    transformers reads the folder as ViTMAEForPreTraining or ViTForImageClassification, the latter always of colours, so
+    that its pipelines take any image; timm's file holds a
     VisionTransformer's weights, of an autoencoder those of its encoder.
 
     Args:
@@ -136,7 +138,8 @@ def _plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
-    """A folder for transformers.
+    """A folder for transformers. Its pipelines make every image one of three colours, so a classifier of grey images
+    becomes one of colours that weighs them as the conversion to grey does.
 
     Raises:
         UsageError: if its ViT models cannot express this one.
@@ -155,6 +158,10 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
             "transformers' ViTForImageClassification reads the class token, this model the mean of the patches: train"
             f" with --global-pool token{advice}"
         )
+    state = model.state_dict()
+    channels = model.in_chans
+    if channels == 1 and model.num_classes:
+        channels, state[PATCH_WEIGHT] = 3, state[PATCH_WEIGHT] * torch.tensor(LUMA).reshape(1, 3, 1, 1)
     config: dict[str, Any] = {
         "hidden_size": model.embed_dim,
         "num_hidden_layers": len(model.blocks),
@@ -164,7 +171,7 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
         "layer_norm_eps": LAYER_NORM_EPS,
         "image_size": height if height == width else [height, width],
         "patch_size": model.patch_size,
-        "num_channels": model.in_chans,
+        "num_channels": channels,
         "qkv_bias": block.attn.qkv.bias is not None,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -205,13 +212,13 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5] * model.in_chans,
-        "image_std": [0.5] * model.in_chans,
+        "image_mean": [0.5] * channels,
+        "image_std": [0.5] * channels,
     }
     write_json(out / "config.json", config)
     write_json(out / "preprocessor_config.json", processor)
-    state = _plain(to_hugging_face(model.state_dict()))
-    write_atomically(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
+    weights = safetensors.torch.save(_plain(to_hugging_face(state)), {"format": "pt"})
+    write_atomically(out / "model.safetensors", weights)
 
 
 # --------------------------------------------------------------------------------------------------------------- ONNX

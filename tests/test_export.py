@@ -87,16 +87,35 @@ def test_an_autoencoder_for_transformers_and_back(tmp_path):
 def test_a_classifier_for_transformers_and_back(size, tmp_path):
     from transformers import ViTForImageClassification
 
-    run, out = checkpoint(tmp_path / "run", VisionTransformer, img_size=size), tmp_path / "hf"
+    run, out = checkpoint(tmp_path / "run", VisionTransformer, img_size=size, in_chans=3), tmp_path / "hf"
     export(run, format="hf", out=out)
     loaded: Any = ViTForImageClassification.from_pretrained(out, output_loading_info=True)
     theirs, info = loaded
     assert not any(info.values()), info
     with torch.no_grad():
-        found = theirs.eval()(images(3, 1, *size)).logits
-        torch.testing.assert_close(found, load_model(run)[0](images(3, 1, *size)), rtol=0, atol=1e-5)
+        found = theirs.eval()(images(3, 3, *size)).logits
+        torch.testing.assert_close(found, load_model(run)[0](images(3, 3, *size)), rtol=0, atol=1e-5)
     assert [theirs.config.id2label[i] for i in range(10)] == list(NAMES)
     assert equal(run, out)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_classifier_of_grey_images_in_a_pipeline_of_transformers(mode, tmp_path):
+    from transformers import pipeline
+
+    run = checkpoint(tmp_path / "run", VisionTransformer)
+    export(run, format="hf", out=tmp_path / "hf")
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28) + (3,) * (mode == "RGB"), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+    found = {
+        one["label"]: one["score"] for one in pipeline("image-classification", str(tmp_path / "hf"))(image, top_k=10)
+    }
+    ours, spec = load_model(run)
+    with torch.no_grad():
+        grey = scale(read_all([tmp_path / "image.png"], (28, 28), 1, AS_IT_IS))
+        expected = dict(zip(spec.class_names, ours(grey).softmax(1)[0].tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-5 if mode == "L" else 5e-3)  # colours are not rounded to 8 bits
 
 
 def test_images_are_prepared_alike(tmp_path, cifar_folder):
