@@ -88,9 +88,23 @@ def test_the_tree_matches_the_folder():
         assert (ROOT / folder).is_dir()
 
 
-def test_pictures_exist():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+def headings(file: Path) -> list[str]:
+    """Of a page of Markdown, as links name them on the sites that show it."""
+    texts = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
+
+
+@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
+def test_links_between_the_pages_lead_somewhere(file):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", file.read_text()):
+        page = file.parent / target if target else file
+        assert page.exists(), target
+        assert not anchor or anchor in headings(page), anchor
+
+
+def test_the_log_begins_with_an_index_of_all_its_entries():
+    entries = [name for name in headings(ROOT / "docs" / "log.md") if re.match(r"\d{4}-", name)]
+    assert entries == re.findall(r"^\| \[.*\]\(#(.*)\) \|", (ROOT / "docs" / "log.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture
