@@ -41,6 +41,7 @@ def export(
     *,
     format: Literal["onnx", "timm", "hf", "safetensors"] = "onnx",
     out: Path | str | None = None,
+    part: Literal["encoder", "autoencoder"] = "encoder",
     int8: bool = False,
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +58,9 @@ def export(
         format: onnx: one file for onnxruntime; hf: a folder for transformers; timm: a file of weights under timm's
             names; safetensors: maelab's own checkpoint, a folder.
         out: what to write, a new file or folder; None is named after the run, here.
+        part: of an autoencoder, for onnx: its encoder, or all of it, which also takes int64 ids_keep (N, kept), the
+            patches to see, and ids_restore (N, L), the place of each patch among those kept and then those hidden, and
+            gives "pred" (N, L, p * p * C): of each patch the pixels row by row, channels last.
         int8: onnx: matrices in 8 bits, and what that costs on the run's validation images (else test images), where the
             data are at hand.
         data_dir: folder that holds the data set's files already.
@@ -75,9 +79,13 @@ def export(
         raise UsageError(f"--out {out} exists; remove it or choose another name")
     if out.suffix != ENDINGS[format] and ENDINGS[format]:
         raise UsageError(f"--out {out}: the format is a file; give a name that ends in {ENDINGS[format]}")
-    if int8 and format != "onnx":
-        raise UsageError(f"--int8 goes with --format onnx, not {format}")
+    if (int8 or part == "autoencoder") and format != "onnx":
+        raise UsageError(f"--{'int8' if int8 else 'part autoencoder'} goes with --format onnx, not {format}")
+    if int8 and part == "autoencoder":
+        raise UsageError("--int8 goes with --part encoder")
     model, spec = load_model(run)
+    if part == "autoencoder" and not isinstance(model, MaskedAutoencoderViT):
+        raise UsageError(f"{run} is no autoencoder, which --part autoencoder asks for")
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; export the run that it judged")
     result: dict[str, Any] = {"run": str(run), "format": format, "out": str(out)}
@@ -91,7 +99,7 @@ def export(
         _to_folder(model, spec, out)
     else:
         with _quiet():
-            result |= {"opset": OPSET, **_to_onnx(model, spec, out, int8, Path(run), data_dir)}
+            result |= {"opset": OPSET, **_to_onnx(model, spec, out, part, int8, Path(run), data_dir)}
     return result
 
 
@@ -235,6 +243,18 @@ class _Features(nn.Module):
         return self.model.pool(self.model.forward_features(images), "avg")
 
 
+class _Autoencoder(nn.Module):
+    """All of an autoencoder, the choice of patches left to the caller."""
+
+    def __init__(self, model: MaskedAutoencoderViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor, ids_keep: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        latent = self.model.encode(self.model.to_patches(images), ids_keep)
+        return self.model.forward_decoder(latent, ids_restore)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter and the quantiser say about themselves."""
@@ -248,7 +268,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _to_onnx(
-    model: VisionTransformer, spec: ModelSpec, out: Path, int8: bool, run: Path, data_dir: Path | None
+    model: VisionTransformer, spec: ModelSpec, out: Path, part: str, int8: bool, run: Path, data_dir: Path | None
 ) -> dict[str, Any]:
     """Write the file, after it has been seen to compute the same as the model."""
     try:
@@ -257,26 +277,42 @@ def _to_onnx(
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise UsageError(f"--format onnx needs the package {error.name}: pip install 'maelab[export]'") from None
-    network = model if model.num_classes else _Features(model)
-    name = "logits" if model.num_classes else "features"
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, model.in_chans, *model.img_size, generator=generator) * 2 - 1
+    batch = {0: torch.export.Dim("batch")}
+    inputs, dynamic = {"images": images}, (batch,)
+    if part == "autoencoder":
+        assert isinstance(model, MaskedAutoencoderViT)
+        network, name = _Autoencoder(model), "pred"
+        shuffled = torch.rand(5, model.num_patches, generator=generator).argsort(dim=1)
+        kept = (model.num_patches + 1) // 2
+        inputs |= {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
+        dynamic = (batch, batch | {1: torch.export.Dim("kept", min=1, max=model.num_patches)}, batch)
+    else:
+        network = model if model.num_classes else _Features(model)
+        name = "logits" if model.num_classes else "features"
     with torch.no_grad():
         program = torch.onnx.export(
-            network, (images[:2],), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["images"], output_names=[name],
+            network, tuple(value[:2] for value in inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
+            dynamic_shapes=dynamic, input_names=list(inputs), output_names=[name],
         )  # fmt: skip
-        expected = network(images).numpy()
+        expected = network(*inputs.values()).numpy()
     assert program is not None
     about = {
         "class_names": spec.class_names,
         "preprocessing": _preprocessing(model, spec),
         "maelab": maelab.__version__,
     }
+    if isinstance(model, MaskedAutoencoderViT) and part == "autoencoder":
+        about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
     proto = program.model_proto  # made anew at each look
+    for node in proto.graph.node:
+        if node.op_type == "Reshape":  # its one attribute is allowzero: no size is ever 0, and onnx2torch knows it not
+            node.ClearField("attribute")
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
     content = proto.SerializeToString()
-    difference = max(float(np.abs(_run(content, images[:n]) - expected[:n]).max()) for n in (1, 5))
+    tried = ({name: value[:n] for name, value in inputs.items()} for n in (1, 5))
+    difference = max(float(np.abs(_run(content, some) - expected[: len(some["images"])]).max()) for some in tried)
     if not difference <= TOLERANCE:
         raise RunError(f"the ONNX model differs from the original by {difference:.1e}; nothing was written")
     result: dict[str, Any] = {"max_difference": difference}
@@ -294,12 +330,14 @@ def _to_onnx(
     return result
 
 
-def _run(content: bytes, images: torch.Tensor) -> np.ndarray:
-    """The output of an ONNX model for images (N, C, H, W), in batches."""
+def _run(content: bytes, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """The output of an ONNX model for images (N, C, H, W) and what else it takes, in batches."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return np.concatenate([np.asarray(session.run(None, {"images": part.numpy()})[0]) for part in images.split(256)])
+    batches = zip(*(value.split(256) for value in inputs.values()), strict=True)
+    feeds = ({name: value.numpy() for name, value in zip(inputs, batch, strict=True)} for batch in batches)
+    return np.concatenate([np.asarray(session.run(None, feed)[0]) for feed in feeds])
 
 
 def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[ImageSet, str]:
@@ -325,7 +363,7 @@ def _cost_of_int8(exact: bytes, quantised: bytes, data: ImageSet, split: str, cl
         images with the same answer), for an encoder "relative_error": RMS difference of features over their RMS.
     """
     images = scale(data.images[:])
-    before, after = _run(exact, images), _run(quantised, images)
+    before, after = _run(exact, {"images": images}), _run(quantised, {"images": images})
     result: dict[str, Any] = {"images": len(images), "split": split}
     if not classes or data.labels is None:
         error = float(np.sqrt(np.square(after - before).mean() / np.square(before).mean()))

@@ -22,7 +22,7 @@ from maelab.cli import main
 from maelab.config import AS_IT_IS
 from maelab.data.batches import scale
 from maelab.data.images import read_all
-from maelab.errors import MaelabError, RunError
+from maelab.errors import MaelabError, RunError, UsageError
 from maelab.export import export
 from maelab.inference import class_probabilities, classification_scores
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -256,6 +256,41 @@ def test_int8_is_smaller_and_its_cost_is_measured(exported, digits_folder):
         "float32_accuracy": pytest.approx(classification_scores(exact, test.labels)["accuracy"]),
         "agreement": pytest.approx(agreement),
     }
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_whole_autoencoder_in_onnx_rebuilds_from_whichever_patches_are_seen(class_token, tmp_path):
+    import onnx
+    import onnxruntime
+
+    run, file = checkpoint(tmp_path / "mae", MaskedAutoencoderViT, class_token=class_token), tmp_path / "mae.onnx"
+    assert export(run, out=file, part="autoencoder")["max_difference"] < 1e-4
+    model: Any = load_model(run)[0]
+    session = onnxruntime.InferenceSession(file)
+    for batch, hidden in ((1, 1), (3, 8), (2, model.num_patches - 1)):
+        mask = torch.zeros(batch, model.num_patches)
+        for row in mask:
+            row[torch.randperm(model.num_patches)[:hidden]] = 1
+        shuffled = mask.argsort(dim=1, stable=True)  # those seen first
+        given = {"images": images(batch, 1, 28, 28), "ids_keep": shuffled[:, : model.num_patches - hidden]}
+        feed = {k: v.numpy() for k, v in (given | {"ids_restore": shuffled.argsort(dim=1)}).items()}
+        with torch.no_grad():
+            expected = model(given["images"], mask=mask)[1].numpy()
+        np.testing.assert_allclose(np.asarray(session.run(None, feed)[0]), expected, rtol=0, atol=1e-4)
+    proto = onnx.load(str(file))
+    assert not any(a.name == "allowzero" for node in proto.graph.node for a in node.attribute)
+    about = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
+    assert (about["patch_size"], about["norm_pix_loss"]) == (model.patch_size, True)
+
+
+def test_a_whole_autoencoder_is_for_onnx_and_of_an_autoencoder(tmp_path):
+    mae, classifier = (checkpoint(tmp_path / k.__name__, k) for k in (MaskedAutoencoderViT, VisionTransformer))
+    with pytest.raises(UsageError, match="is no autoencoder, which --part autoencoder asks for"):
+        export(classifier, out=tmp_path / "a.onnx", part="autoencoder")
+    with pytest.raises(UsageError, match="--part autoencoder goes with --format onnx, not hf"):
+        export(mae, out=tmp_path / "hf", part="autoencoder", format="hf")
+    with pytest.raises(UsageError, match="--int8 goes with --part encoder"):
+        export(mae, out=tmp_path / "a.onnx", part="autoencoder", int8=True)
 
 
 def test_the_encoder_of_an_autoencoder_in_onnx(tmp_path, monkeypatch, capfd):
