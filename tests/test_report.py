@@ -68,6 +68,13 @@ def test_groups_differ_in_their_seed_alone(runs):
     assert sizes == {"from MNIST MAE": (4, 3), "from scratch": (3, 3)}
 
 
+def test_seeds_that_have_their_own_images_are_one_group(tmp_path):
+    for seed in (0, 1, 2):
+        write(tmp_path / "r" / f"n-{seed}", "finetune", "mnist", 0.9, seed=seed, split_seed=seed, label_fraction=0.01)
+    loaded, _, _ = load([tmp_path / "r"])
+    assert [[len(group.runs) for group in family] for family in families(loaded)] == [[3]]
+
+
 def test_groups_are_named_by_what_differs(tmp_path):
     write(tmp_path / "a", "finetune", "mnist", 0.9)
     write(tmp_path / "b", "finetune", "mnist", 0.9, label_fraction=0.01)

@@ -30,7 +30,7 @@ from maelab.runs.commands import ENCODER, flag, line, nearest_recipe
 
 MEASURE = {"pretrain": ("val", "masked_mse"), "finetune": ("test", "accuracy"), "probe": ("test", "accuracy")}
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", "split_seed", *ENCODER)
+BUDGET = ("data", "label_fraction", "epochs", "limit", "batch_size", "img_size", "val_fraction", *ENCODER)
 AUGMENT = (*(f.name for f in dataclasses.fields(Augment)), "mixup", "cutmix")
 ADAPTED = {"adapt_patch_embed": "patch embedding", "adapt_pos_embed": "position embedding"}
 PLAIN = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name in AUGMENT}
@@ -265,7 +265,7 @@ def _identity(run: Run | None) -> str:
     """What a run was, but for the seed: equal for runs that differ in nothing else."""
     if run is None:
         return ""
-    config = {k: v for k, v in run.config.items() if k not in ("seed", "recipe", "knn_every")}
+    config = {k: v for k, v in run.config.items() if k not in ("seed", "split_seed", "recipe", "knn_every")}
     return _key(config | {"init": _start(run)})
 
 
@@ -318,7 +318,7 @@ def _named(groups: list[list[Run]]) -> list[Group]:
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    hidden = {"seed", "init", "recipe", "task", "data", "knn_every"}
+    hidden = {"seed", "split_seed", "init", "recipe", "task", "data", "knn_every"}
     return [k for k in runs[0].config if k not in hidden and len({_key(run.config.get(k)) for run in runs}) > 1]
 
 
@@ -336,7 +336,11 @@ def phrase(name: str, value: Any) -> str:
 
 def aspects(run: Run) -> dict[str, Any]:
     """What may differ between two controls: where the weights came from, augmentation as one, every other field."""
-    config = {k: v for k, v in run.config.items() if k not in ("seed", "init", "recipe", "task", "knn_every", *AUGMENT)}
+    config = {
+        k: v
+        for k, v in run.config.items()
+        if k not in ("seed", "split_seed", "init", "recipe", "task", "knn_every", *AUGMENT)
+    }
     if run.config["init"] == "none":
         config = {k: v for k, v in config.items() if not k.startswith("adapt_")}
         config |= {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name.startswith("adapt_")}
