@@ -253,19 +253,24 @@ def _read_tensors(file: Path) -> tuple[State, dict[str, str]]:
     return {name: value.float() for name, value in content.items()}, metadata
 
 
+def _depth(state: State, prefix: str) -> int:
+    """How many blocks there are; refused before any is built if that cannot be."""
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
+    if depth > len(state):
+        raise ValueError(f"{prefix}{depth - 1} without those before it")
+    return depth
+
+
 def _encoder_arguments(state: State, num_heads: int) -> dict[str, Any]:
     """Arguments of the encoder in `state`, under our names, as its shapes tell them; square images are assumed."""
     embed_dim, in_chans, patch_size, _ = state[PATCH_WEIGHT].shape
     class_token = "cls_token" in state
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    if depth > len(state):
-        raise ValueError(f"blocks.{depth - 1} without those before it")
     return {
         "img_size": (math.isqrt(state["pos_embed"].shape[1] - class_token) * patch_size,) * 2,
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": depth,
+        "depth": _depth(state, "blocks."),
         "num_heads": num_heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
@@ -353,12 +358,11 @@ def _read_timm(file: Path, config: dict[str, Any] | None = None) -> Foreign:
 
 def _original_decoder(state: State, command: dict[str, str]) -> dict[str, Any]:
     """Arguments of the original MAE's decoder; all of its decoders have 16 heads."""
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
-    if not 0 < float(command["mask_ratio"]) < 1 or depth > len(state):
-        raise ValueError(f"mask_ratio {command['mask_ratio']}, {depth} decoder blocks")
+    if not 0 < float(command["mask_ratio"]) < 1:
+        raise ValueError(f"mask_ratio {command['mask_ratio']}")
     return {
         "decoder_embed_dim": state["decoder_pred.weight"].shape[1],
-        "decoder_depth": depth,
+        "decoder_depth": _depth(state, "decoder_blocks."),
         "decoder_num_heads": 16,
         "norm_pix_loss": command["norm_pix_loss"] == "True",
     }

@@ -206,9 +206,10 @@ def test_files_as_training_scripts_and_hubs_leave_them(form, tmp_path, capsys):
 
 def test_what_lies_outside_the_wrapped_model_is_named(tmp_path, capsys):
     state = {f"encoder.{name}": value for name, value in state_of(num_classes=0).items()}
-    torch.save(state | {"queue": torch.ones(3)}, tmp_path / "moco.pth")
+    torch.save(state | {"queue\x1b[2J": torch.ones(3)}, tmp_path / "moco.pth")
     load_model(tmp_path / "moco.pth")
-    assert "left out, not under 'encoder.': queue" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out, not under 'encoder.': queue" in said and "\x1b" not in said
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

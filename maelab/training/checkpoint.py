@@ -122,7 +122,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         spec, file, wanted = _foreign_spec(found), Path(path), None
         for note in found.notes:
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{path}: {note}", file=sys.stderr)
+                print(visible(f"{path}: {note}"), file=sys.stderr)  # names in a file are anyone's
     else:
         checkpoint = find_checkpoint(path)
         fields, wanted = read_checkpoint(checkpoint)
