@@ -2,9 +2,9 @@
 //
 // A thread takes a few samples at a time (a chunk) through the whole block, so that every activation between the
 // block's input and its output stays in the core's own cache. Only the input and attention's results are kept for the
-// backward pass (where KEEP_MORE, q, k, v and what goes into GELU too), which computes the rest again: that costs less than
-// writing it to memory and reading it back. Matrix products run on tiles (factors of 16 bits, float32 sums); norms, softmax,
-// GELU, residuals and sums are float32.
+// backward pass, which computes the rest again: that costs less than writing it to memory and reading it back. Where
+// KEEP_MORE, products are dear: q, k, v and what goes into the second norm and into GELU are kept too. Matrix products run on
+// tiles (factors of 16 bits, float32 sums); norms, softmax, GELU, residuals and sums are float32.
 //
 // Every sum runs in an order that depends only on the sizes and on the number of threads: same input, same bits.
 
@@ -119,7 +119,8 @@ PUBLIC int64_t NAME(block_workspace)(const Block *p, int64_t backward) {
 }
 
 // What is kept, one after the other: attention's probabilities (B, H, T, L to 32) and results (B, T, D); q, k, v
-// (B, L, 3 D) and the product that goes into GELU (B, T, F). Each with room behind it, for whole tiles are read.
+// (B, L, 3 D), the product that goes into GELU (B, T, F) and float32 sums that go into the second norm (B, T, D). The first
+// three with room behind them, for whole tiles are read.
 INLINE half *kept_prob(const Block *p, const Work *w, long s) { return p->kept + s * p->H * p->T * w->Lk; }
 INLINE half *kept_ao(const Block *p, const Work *w, long s) {
     return kept_prob(p, w, p->B) + 32 * w->Lk + s * p->T * p->D;
@@ -130,11 +131,12 @@ INLINE half *kept_qkv(const Block *p, const Work *w, long s) {
 INLINE half *kept_z(const Block *p, const Work *w, long s) {
     return kept_qkv(p, w, p->B) + w->Lk * 3 * p->D + s * p->T * p->F;
 }
+INLINE float *kept_x1(const Block *p, const Work *w, long s) { return (float *)kept_z(p, w, p->B) + s * p->T * p->D; }
 PUBLIC int64_t NAME(block_kept)(const Block *p) {  // how many numbers
     Work w = {.Lk = UP(p->L, 32)};
     Block none = *p;
     none.kept = 0;
-    return (KEEP_MORE ? kept_z(&none, &w, p->B) : kept_qkv(&none, &w, 0)) - (half *)0;
+    return (KEEP_MORE ? (half *)kept_x1(&none, &w, p->B) : kept_qkv(&none, &w, 0)) - (half *)0;
 }
 
 // Write rows of w->o (n, d), whose columns (and rows, if `both`) are in packing order, as halves.
@@ -153,7 +155,7 @@ static void attend(const Block *p, Work *w, const half *q, const half *k, const 
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
     pack_columns(k, ld, L, d, w->heads[0]);
     pack_right(v, ld, L, d, w->heads[1], 0);
-    mul(UP(T, 16) / 16, lt, dk / 32, q, 32 * ld, 64, 2 * ld, w->heads[0], w->s, 4 * Lk);
+    mul(T, 0, lt, d, q, 32 * ld, 64, 2 * ld, w->heads[0], w->s, 4 * Lk);
     V scale = splat(1.44269504f / sqrtf(d));
     for (long t = 0; t < T; t++) {
         float *s = w->s + t * Lk;
@@ -171,23 +173,23 @@ static void attend(const Block *p, Work *w, const half *q, const half *k, const 
         for (long i = 0; i < lt * 16; i += LANES) to_half(o + i, load(s + i) * r);
         if (lt * 16 < Lk) memset(o + lt * 16, 0, 16 * sizeof(half));
     }
-    mul(UP(T, 16) / 16, dk / 16, Lk / 32, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
+    mul(T, 0, dk / 16, L, prob, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
     write_head(w, T, d, 0, out, D);
 }
 
 static void attend_grad(const Block *p, Work *w, const half *q, const half *k, const half *v, const half *prob,
                         const half *g, half *dq, half *dk_, half *dv) {
     long L = p->L, T = p->T, D = p->D, d = D / p->H, ld = 3 * D, Lk = w->Lk, dk = w->dk, lt = UP(L, 16) / 16;
-    long tt = UP(T, 16) / 16, tb = UP(T, 32) / 32;
+    long tb = UP(T, 32) / 32;
     half *turned = w->heads[2], *right = w->heads[3], *ds = w->p;
     // dv = prob^T g
     pack_left(prob, Lk, T, Lk, turned, 0);
     pack_right(g, D, T, d, right, 0);
-    mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
+    mul(L, 1, dk / 16, T, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
     write_head(w, L, d, 1, dv, ld);
     // ds = prob (g v^T - sum) / sqrt(d)
     pack_columns(v, ld, L, d, w->heads[0]);
-    mul(tt, lt, dk / 32, g, 32 * D, 64, 2 * D, w->heads[0], w->s, 4 * Lk);
+    mul(T, 0, lt, d, g, 32 * D, 64, 2 * D, w->heads[0], w->s, 4 * Lk);
     V scale = splat(1.0f / sqrtf(d));
     for (long t = 0; t < T; t++) {
         const float *s = w->s + t * Lk;
@@ -201,12 +203,12 @@ static void attend_grad(const Block *p, Work *w, const half *q, const half *k, c
     }
     // dq = ds k
     pack_right(k, ld, L, d, w->heads[1], 0);
-    mul(tt, dk / 16, Lk / 32, ds, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
+    mul(T, 0, dk / 16, L, ds, 32 * Lk, 64, 2 * Lk, w->heads[1], w->o, 4 * dk);
     write_head(w, T, d, 0, dq, ld);
     // dk = ds^T q
     pack_left(ds, Lk, T, Lk, turned, 0);
     pack_right(q, ld, T, d, right, 0);
-    mul(Lk / 16, dk / 16, tb, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
+    mul(L, 1, dk / 16, T, turned, tb * 1024, 1024, 64, right, w->o, 4 * dk);
     write_head(w, L, d, 1, dk_, ld);
 }
 
@@ -225,19 +227,20 @@ static void gelu_again(long rows, long N, const half *z, long ld, Finish f) {
 static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward) {
     long L = p->L, T = p->T, D = p->D, F = p->F, H = p->H, d = D / H, R = n * L, Q = n * T;
     const half *qkvw = p->packed, *projw = qkvw + 3 * D * D, *fc1w = projw + D * D, *fc2w = fc1w + D * F;
+    int more = KEEP_MORE && p->kept, anew = !backward || !more;
+    if (more) w->qkv = kept_qkv(p, w, s0), w->x1 = kept_x1(p, w, s0);
+    const float *residual = T < L ? w->x1 : p->x + s0 * L * D;
     for (long s = 0; s < n; s++)
         for (long t = 0; t < L; t++) {
             const float *x = p->x + ((s0 + s) * L + t) * D;
             norm_row(x, D, p->eps, p->n1w, p->n1b, w->xn1 + (s * L + t) * D, w->stats1 + 2 * (s * L + t));
             long q = s * T + t - (L - T);
             if (t < L - T) continue;
-            memcpy(w->x1 + q * D, x, D * sizeof(float));
+            if (T < L && anew) memcpy(w->x1 + q * D, x, D * sizeof(float));
             w->scale1[q] = p->scale1 ? p->scale1[s0 + s] : 1.0f;
             w->scale2[q] = p->scale2 ? p->scale2[s0 + s] : 1.0f;
         }
-    int more = KEEP_MORE && p->kept;
-    if (more) w->qkv = kept_qkv(p, w, s0);
-    if (!more || !backward) linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
+    if (anew) linear(STORE, R, 3 * D, D, w->xn1, qkvw, w->c, (Finish){.out = w->qkv, .bias = p->qkvb});
     half *prob = p->kept ? kept_prob(p, w, s0) : w->p, *ao = p->kept ? kept_ao(p, w, s0) : w->ao;
     for (long s = 0; s < n && !backward; s++)
         for (long h = 0; h < H; h++) {
@@ -245,7 +248,8 @@ static void forward_chunk(const Block *p, Work *w, long s0, long n, int backward
             attend(p, w, k - D + (L - T) * 3 * D, k, k + D, p->kept ? prob + (s * H + h) * T * w->Lk : prob,
                    ao + s * T * D + h * d);
         }
-    linear(ADD_TO, Q, D, D, ao, projw, w->c, (Finish){.sum = w->x1, .from = w->x1, .bias = p->projb, .scale = w->scale1});
+    Finish sum = {.sum = w->x1, .from = residual, .bias = p->projb, .scale = w->scale1};
+    if (anew) linear(ADD_TO, Q, D, D, ao, projw, w->c, sum);
     for (long q = 0; q < Q; q++)
         norm_row(w->x1 + q * D, D, p->eps, p->n2w, p->n2b, w->xn2 + q * D, w->stats2 + 2 * q);
     if (backward) return;

@@ -23,6 +23,16 @@ INLINE void read_row(const float *c, int dealt, V out[ROW]) {
         for (int k = 0; k < ROW; k++) out[k] = load(c + k * LANES);
 }
 
+// C (m, m) = A B over K terms, known to be symmetric: pieces of 32 x 32 on the diagonal and to its right alone.
+static void right_half(long m, long K, const half *a, long am, long ak, long lda, const half *b, float *c) {
+    for (long i = 0; i < m; i += 32)
+        mul(32, 0, (m - i) / 16, K, a + i / 32 * am, am, ak, lda, b + i * K, c + i * m + i, 4 * m);
+}
+static void mirror(long m, half *x) {
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < (i & ~31L); j++) x[i * m + j] = x[j * m + i];
+}
+
 // Five Newton-Schulz steps of Muon (Jordan et al. 2024) on x (rows, cols): x = a x + (b G + c G G) x with G = x x^T, or
 // from the other side where x is tall.
 static void orthogonalize(long rows, long cols, const MuonWork *w, const float *abc) {
@@ -35,27 +45,31 @@ static void orthogonalize(long rows, long cols, const MuonWork *w, const float *
         if (tall) {
             pack_left(x, cols, rows, cols, w->left, 0);
             pack_right(x, cols, rows, cols, w->right, 0);
-            mul(m / 16, m / 16, rows / 32, w->left, rows * 32, 1024, 64, w->right, c, 4 * m);
+            right_half(m, rows, w->left, rows * 32, 1024, 64, w->right, c);
         } else {
             pack_columns(x, cols, rows, cols, w->right);
-            mul(m / 16, m / 16, cols / 32, x, 32 * cols, 64, 2 * cols, w->right, c, 4 * m);
+            right_half(m, cols, x, 32 * cols, 64, 2 * cols, w->right, c);
         }
         for (long i = 0; i < m; i++)
-            for (long j = 0; j < m; j += 32) {
+            for (long j = i & ~31L; j < m; j += 32) {
                 const float *s = c + (tall ? position(i) : i) * m + j;
                 V v[ROW];
                 read_row(s, tall, v);
                 for (int k = 0; k < ROW; k++) to_half(gram + i * m + j + k * LANES, v[k]);
             }
+        mirror(m, gram);
         pack_columns(gram, m, m, m, w->right);  // symmetric: as good as its rows
-        mul(m / 16, m / 16, m / 32, gram, 32 * m, 64, 2 * m, w->right, c, 4 * m);
-        for (long i = 0; i < m * m; i += LANES) to_half(gram + i, muladd(c_, load(c + i), b * from_half(gram + i)));
+        right_half(m, m, gram, 32 * m, 64, 2 * m, w->right, c);
+        for (long i = 0; i < m; i++)
+            for (long j = i * m + (i & ~31L); j < (i + 1) * m; j += LANES)
+                to_half(gram + j, muladd(c_, load(c + j), b * from_half(gram + j)));
+        mirror(m, gram);
         if (tall) {
             pack_columns(gram, m, m, m, w->right);
-            mul(rows / 16, m / 16, m / 32, x, 32 * m, 64, 2 * m, w->right, c, 4 * m);
+            mul(rows, 0, m / 16, m, x, 32 * m, 64, 2 * m, w->right, c, 4 * m);
         } else {
             pack_right(x, cols, rows, cols, w->right, 0);
-            mul(m / 16, cols / 16, m / 32, gram, 32 * m, 64, 2 * m, w->right, c, 4 * cols);
+            mul(m, 0, cols / 16, m, gram, 32 * m, 64, 2 * m, w->right, c, 4 * cols);
         }
         for (long i = 0; i < rows * cols; i += 32) {
             V v[ROW];

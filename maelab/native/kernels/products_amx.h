@@ -50,8 +50,10 @@ INLINE void tile_mul(int mt, int nt, long kt, const void *a_, long am, long ak, 
     __asm__ volatile("" ::: "memory");
 }
 
-static void mul(long mt, long nt, long kt, const void *a_, long am, long ak, long lda, const void *b_, void *c_,
+// C (rows x 16 nt) = A B over K terms; `dealt`: A's rows, and so C's, are in packing order. All are computed by whole tiles.
+static void mul(long rows, int dealt, long nt, long K, const void *a_, long am, long ak, long lda, const void *b_, void *c_,
                 long ldc) {
+    long mt = (dealt ? UP(rows, 32) : UP(rows, 16)) / 16, kt = UP(K, 32) / 32;
     for (long m = 0; m < mt; m += 2)
         for (long n = 0; n < nt; n += 2) {
             const char *a = (const char *)a_ + m * am, *b = (const char *)b_ + n * kt * 1024;

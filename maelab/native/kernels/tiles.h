@@ -10,6 +10,12 @@ INLINE long position(long column) {
     return (column & ~31L) + ((c & 4) << 2) + ((c >> 3) << 2) + (c & 3);
 }
 
+// How many rows of tile t hold the first n columns, packed so and turned over: the first ones.
+INLINE long dealt_rows(long t, long n) {
+    long here = MIN(32, n - t / 2 * 32), rest = here % 8 - (t & 1) * 4;
+    return here / 8 * 4 + MIN(4, rest > 0 ? rest : 0);
+}
+
 INLINE void store_tile(half *out, const I t[16 * PARTS]) {
     UNROLL
     for (int i = 0; i < 16 * PARTS; i++) store_pairs(out + i * 2 * LANES, t[i]);
