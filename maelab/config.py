@@ -52,7 +52,8 @@ _BOUNDS: tuple[tuple[Callable[[Any], bool], str, frozenset[str]], ...] = (
     (lambda n: n >= 0, "be at least 0", frozenset({
         "split_seed", "seed", "blr", "weight_decay", "warmup_epochs", "clip_grad", "muon_lr", "crop_padding",
         "affine_degrees", "affine_scale", "affine_shear", "affine_translate", "elastic", "color_jitter",
-        "rand_augment_ops", "rand_augment_magnitude", "decoder_depth", "knn_every", "mixup", "cutmix", "patience",
+        "rand_augment_ops", "rand_augment_magnitude", "decoder_depth", "reg_tokens", "knn_every", "mixup", "cutmix",
+        "patience",
     })),
     (lambda n: 0 < n < 1, "lie between 0 and 1", frozenset({"val_fraction", "beta2", "mask_ratio"})),
     (lambda n: 0 <= n < 1, "lie in [0, 1)", frozenset({"ema_decay", "drop_path", "patch_drop"})),
@@ -293,8 +294,8 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """Train a classifier, from a pretrained encoder or from scratch."""
 
     init: str = "none"
-    """where the encoder comes from: run folder or checkpoint, folder of transformers (ViTMAE, ViT) or hf:NAME from its
-    hub, file of timm or of the original MAE; none starts from scratch"""
+    """where the encoder comes from: run folder or checkpoint, folder of transformers (ViTMAE, ViT, DINOv2) or hf:NAME
+    from its hub, file of timm or of the original MAE; none starts from scratch"""
     adapt_patch_embed: Literal["inflate", "resize", "reinit"] = "inflate"
     """when the channels differ from --init: repeat or average the patch embedding's weights, or start it anew; resize:
     the same as inflate, and fit them to --patch-size (arXiv 2212.08013), which is otherwise that of --init"""
@@ -302,6 +303,8 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """when the grid of patches differs from --init: resample the position embedding, or start it anew"""
     label_fraction: float = 1.0
     """train on a seeded, class-balanced share of the labelled images"""
+    reg_tokens: int = 0
+    """registers: learned tokens that nothing is read from (arXiv 2309.16588)"""
     global_pool: Literal["token", "avg"] = "avg"
     """classify from the class token, or from the mean of the patch tokens"""
     layer_decay: float = 1.0
@@ -326,6 +329,7 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
+        _require(self.class_token or not self.reg_tokens, "--reg-tokens needs --class-token")
         _require(self.keep == "best" or not self.patience, "--patience needs --keep best")
 
 

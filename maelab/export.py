@@ -22,12 +22,13 @@ from maelab.data import ImageSet
 from maelab.data.batches import scale
 from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
+from maelab.foreign import to_hugging_face
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import LAYER_NORM_EPS, Block
 from maelab.names import encodable
 from maelab.runs import config_of, write_atomically, write_json
 from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
-from maelab.weights import PATCH_WEIGHT, to_hugging_face
+from maelab.weights import PATCH_WEIGHT
 
 ENDINGS = {"onnx": ".onnx", "timm": ".safetensors", "hf": "", "safetensors": ""}  # without one: a folder
 OPSET = 18  # of ONNX; the oldest that torch's exporter writes
@@ -125,15 +126,20 @@ def _to_timm(model: VisionTransformer, spec: ModelSpec, out: Path) -> dict[str, 
     block = model.blocks[0]
     assert isinstance(block, Block)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
+    if model.reg_token is not None:  # timm gives registers positions, unless the class token has none either
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
     about = {"num_heads": block.attn.num_heads, "img_size": model.img_size, "class_names": spec.class_names}
     metadata = {"format": "pt", "maelab": json.dumps(about)}
     write_atomically(out, safetensors.torch.save(_plain(state), metadata))
-    kept = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "class_token")
+    kept = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "class_token", "reg_tokens")
     arguments = {name: spec.arguments[name] for name in kept if name in spec.arguments}
     hidden, width = block.mlp.fc1.out_features, model.embed_dim
     ratio = hidden / width  # timm takes the whole part of width * ratio, which can lose one
     arguments["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
     arguments["qkv_bias"] = block.attn.qkv.bias is not None
+    if model.reg_token is not None:
+        arguments["no_embed_class"] = True
     pool = model.global_pool if model.num_classes else ""
     return {"img_size": model.img_size, **arguments, "num_classes": model.num_classes, "global_pool": pool}
 
@@ -161,6 +167,8 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
             "transformers' ViT models always have a class token, which this model lacks: train with --class-token"
             + advice
         )
+    if model.reg_token is not None:
+        raise UsageError(f"transformers' ViT models have no registers, which this model has{advice}")
     if model.num_classes and model.global_pool == "avg":
         raise UsageError(
             "transformers' ViTForImageClassification reads the class token, this model the mean of the patches: train"

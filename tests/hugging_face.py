@@ -1,6 +1,6 @@
 """Our parameter names and layout in Hugging Face's (transformers 5: ViT and ViTMAE), for the parity tests.
 
-Written apart from `maelab.weights`, so that one mistake cannot hide in both.
+Written apart from `maelab.foreign`, so that one mistake cannot hide in both.
 """
 
 import re

@@ -31,7 +31,7 @@ ENGINE = ["training/parallel.py"]
 # Command -> the modules that read the fields of its config, of its options, and of what to print.
 READERS: dict[str, dict[str, list[str]]] = {
     "pretrain": {"config": [*SHARED, "tasks/pretrain.py"], "options": [*RUN, "tasks/pretrain.py"]},
-    "finetune": {"config": [*SHARED, "tasks/finetune.py"], "options": [*RUN, "tasks/finetune.py"]},
+    "finetune": {"config": [*SHARED, "tasks/finetune.py", "runs/commands.py"], "options": [*RUN, "tasks/finetune.py"]},
     "probe": {"config": [*SHARED, "tasks/probe.py"], "options": [*RUN, "tasks/probe.py"]},
     "sweep": {"config": [*SHARED, "tasks/pretrain.py"], "options": [*RUN, "tasks/pretrain.py", "sweep.py"]},
     "fit": {"options": [*ENGINE, "fit.py"]},

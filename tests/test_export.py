@@ -192,6 +192,21 @@ def test_timm_and_back(tmp_path):
         assert opened.metadata()["format"] == "pt"
 
 
+def test_registers_go_to_timm_and_back_and_not_to_transformers(tmp_path):
+    run, out = checkpoint(tmp_path / "run", VisionTransformer, reg_tokens=2), tmp_path / "vit.safetensors"
+    arguments = export(run, format="timm", out=out)["arguments"]
+    assert (arguments["reg_tokens"], arguments["no_embed_class"]) == (2, True)
+    state, model = load_file(out), load_model(run)[0]
+    assert isinstance(model, VisionTransformer)
+    assert state["pos_embed"].shape[1] == model.num_patches  # timm's, with no_embed_class
+    back = load_model(out)[0]
+    x = images(3, model.in_chans, *model.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(back(x), model(x), rtol=0, atol=1e-6)
+    with pytest.raises(UsageError, match="no registers"):
+        export(run, format="hf", out=tmp_path / "folder")
+
+
 def test_the_encoder_of_an_autoencoder_for_timm(tmp_path):
     run, out = checkpoint(tmp_path / "mae", MaskedAutoencoderViT, class_token=False), tmp_path / "vit.safetensors"
     export(run, format="timm", out=out)

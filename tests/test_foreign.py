@@ -14,11 +14,12 @@ import torch
 from hugging_face import randomize
 from safetensors.torch import load_file, save_file
 
-from maelab import weights
 from maelab.errors import MaelabError
+from maelab.foreign import read_foreign, tensors
+from maelab.foreign.timm import IMAGENET
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.checkpoint import load_model, read_spec
-from maelab.weights import IMAGENET, read_foreign
+from maelab.weights import PATCH_WEIGHT
 
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 1}
 HF: dict[str, Any] = {
@@ -119,6 +120,97 @@ def test_vit_classifier(changes, tmp_path):
     x = images(spec.arguments["in_chans"], 24)[:, :, :16, : spec.arguments["img_size"][1]]
     with torch.no_grad():
         torch.testing.assert_close(ours(x), model(x).logits, rtol=0, atol=1e-5)
+
+
+def dinov2(registers: int, **changes: Any) -> Any:
+    """A small DINOv2 of transformers, or with its classifier where `num_labels` is given."""
+    from transformers import (
+        Dinov2Config,
+        Dinov2ForImageClassification,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+    )
+
+    shape = {"image_size": 28, "patch_size": 14, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if registers:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, num_register_tokens=registers, **changes))
+    else:
+        classes = Dinov2ForImageClassification if "num_labels" in changes else Dinov2Model
+        model = classes(Dinov2Config(**{**shape, **changes}))
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2(registers, tmp_path):
+    """LayerScale is taken up by the layers before it; registers stand between the class token and the patches."""
+    model = dinov2(registers)
+    assert float(model.state_dict()["encoder.layer.1.layer_scale2.lambda1"].std()) > 0.05  # randomize reached it
+    model.save_pretrained(tmp_path)
+    processor(tmp_path)
+    ours, spec = load_model(tmp_path)
+    assert isinstance(ours, VisionTransformer)
+    assert (spec.model, spec.arguments.get("reg_tokens", 0)) == ("VisionTransformer", registers)
+    x = images(side=28)
+    with torch.no_grad():
+        expected = model(theirs(x)).last_hidden_state  # (3, 1 + registers + 4, 128)
+        torch.testing.assert_close(ours.forward_features(x), expected, rtol=0, atol=1e-5)
+        means = ours.pool(ours.forward_features(x), "avg")
+    torch.testing.assert_close(means, expected[:, 1 + registers :].mean(dim=1), rtol=0, atol=1e-5)
+
+
+def test_dinov2_as_its_authors_and_timm_keep_it(tmp_path, capsys):
+    """One file with timm's names; the authors' has register_tokens and a mask token, timm's no position for the class
+    token."""
+    model = dinov2(4)
+    model.save_pretrained(tmp_path)
+    processor(tmp_path)
+    folder, _ = load_model(tmp_path)
+    state = {k: v.clone() for k, v in folder.state_dict().items()}
+    for i in range(2):  # two ways to say the same: half of the weights, and gammas of two
+        for layer, gamma in (("attn.proj", "ls1"), ("mlp.fc2", "ls2")):
+            state[f"blocks.{i}.{layer}.weight"] /= 2
+            state[f"blocks.{i}.{layer}.bias"] /= 2
+            state[f"blocks.{i}.{gamma}.gamma"] = torch.full((128,), 2.0)
+    scale = [0.5 / s for s in IMAGENET[1]]  # ours takes images in [-1, 1], theirs ImageNet's colours
+    weight = state["patch_embed.proj.weight"] / torch.tensor(scale).reshape(1, 3, 1, 1)
+    shift = torch.tensor([(0.5 - m) / s for m, s in zip(*IMAGENET, strict=True)])
+    state["patch_embed.proj.bias"] -= torch.einsum("dcij,c->d", weight, shift)
+    state["patch_embed.proj.weight"] = weight
+    registers = state.pop("reg_token")
+    torch.save(state | {"register_tokens": registers, "mask_token": torch.zeros(1, 128)}, tmp_path / "authors.pth")
+    state["cls_token"], state["pos_embed"] = state["cls_token"] + state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+    save_file({k: v.contiguous() for k, v in (state | {"reg_token": registers}).items()}, tmp_path / "timm.safetensors")
+    x = images(side=28)
+    for name in ("authors.pth", "timm.safetensors"):
+        capsys.readouterr()
+        ours, _ = load_model(tmp_path / name)
+        assert isinstance(ours, VisionTransformer) and isinstance(folder, VisionTransformer)
+        said = capsys.readouterr().err
+        assert "colours as in DINOv2" in said and "decoder" not in said
+        torch.testing.assert_close(ours.forward_features(x), folder.forward_features(x), rtol=0, atol=1e-5)
+
+
+def test_dinov2s_classifier_is_left_out_and_gated_mlps_are_refused(tmp_path, capsys):
+    dinov2(0, num_labels=3).save_pretrained(tmp_path)
+    _, spec = load_model(tmp_path)
+    assert spec.arguments["num_classes"] == 0 and "its classifier is left out" in capsys.readouterr().err
+    dinov2(0, use_swiglu_ffn=True).save_pretrained(tmp_path / "gated")
+    with pytest.raises(MaelabError, match="gated MLPs"):
+        load_model(tmp_path / "gated")
+
+
+def test_a_model_with_registers_goes_on_as_a_classifier_and_not_as_an_autoencoder(maelab, cifar_folder, tmp_path):
+    dinov2(2).save_pretrained(tmp_path / "dino")
+    few = ("--data", f"folder:{cifar_folder}", "--limit", 32, "--batch-size", 16, "--epochs", 1, "--threads", 1)
+    resize = ("--patch-size", 8, "--adapt-patch-embed", "resize")
+    command = ("smoke", "--init", "dino", *few)
+    maelab.run("finetune", *command, *resize, "--out", "run", "--json", cwd=tmp_path).json()
+    ours, spec = load_model(tmp_path / "run")
+    assert isinstance(ours, VisionTransformer) and ours.reg_token is not None and spec.arguments["reg_tokens"] == 2
+    refused = maelab.run("pretrain", *command, cwd=tmp_path).error()
+    assert refused == "--init dino is a VisionTransformer; pretraining goes on from an autoencoder"
 
 
 def test_the_original_mae(tmp_path, capsys):
@@ -254,10 +346,15 @@ def without(name: str) -> dict[str, torch.Tensor]:
         ({"a": 1}, "'a' is no plain tensor"),
         ({"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor"),
         ({"a": torch.zeros(1).expand(10**6, 10**6)}, "'a' claims to be larger than the file"),
-        (without(weights.PATCH_WEIGHT), "holds no Vision Transformer under timm's names (KeyError"),
+        (without(PATCH_WEIGHT), "holds no Vision Transformer under timm's names (KeyError"),
         (without("blocks.0.attn.qkv.weight"), 'Missing key(s) in state_dict: "blocks.0.attn.qkv.weight"'),
         (state_of(embed_dim=32), "does not say how many heads its blocks of width 32 have"),
-        (state_of() | {"blocks.0.ls1.gamma": torch.ones(64)}, 'Unexpected key(s) in state_dict: "blocks.0.ls1.gamma"'),
+        (state_of() | {"blocks.0.ls3.gamma": torch.ones(64)}, 'Unexpected key(s) in state_dict: "blocks.0.ls3.gamma"'),
+        (
+            state_of() | {"blocks.0.ls1.gamma": torch.ones(7)},
+            "holds no Vision Transformer under timm's names (RuntimeErr",
+        ),
+        (state_of() | {"blocks.0.mlp.w12.weight": torch.ones(64)}, "has gated MLPs"),
         (state_of() | {"blocks.999999999.x": torch.ones(1)}, "blocks.999999999 without"),
         (state_of() | {"pos_embed": torch.ones(1, 18, 64)}, "17 positions, no square, and does not say how high"),
         (state_of(embed_dim=96), "does not say how many heads its blocks of width 96 have"),
@@ -286,7 +383,7 @@ def test_damaged_files(name, damage, tmp_path, monkeypatch):
         {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff\0" * 99}.get(damage, content)
     )
     if damage == "large":
-        monkeypatch.setattr(weights, "MAX_WEIGHTS", 1000)
+        monkeypatch.setattr(tensors, "MAX_WEIGHTS", 1000)
     if damage == "compressed" and name != "a.pth":
         file.write_bytes((2**62).to_bytes(8, "little") + content[8:])  # a header of 2**62 bytes
     with pytest.raises(MaelabError, match=r"a\.\w+ is damaged or not safe to read: .+"):

@@ -222,7 +222,8 @@ def test_patch_drop_keeps_places_and_the_class_token():
 @pytest.mark.parametrize("learned", [False, True])
 def test_every_trainable_parameter_gets_a_gradient(pool, class_token, learned):
     torch.manual_seed(0)
-    model = VisionTransformer(**SMALL, global_pool=pool, class_token=class_token, learned_pos_embed=learned)
+    kind = {"global_pool": pool, "class_token": class_token, "reg_tokens": 2 * class_token}
+    model = VisionTransformer(**SMALL, **kind, learned_pos_embed=learned)
     loss = nn.functional.cross_entropy(model(images(4, 3, 16, 16)), torch.tensor([0, 1, 2, 3]))
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -268,8 +269,8 @@ def test_bfloat16_autocast_is_close_to_float32():
 
 def test_no_weight_decay_names_exist():
     model = small()
-    assert model.no_weight_decay() == {"pos_embed", "cls_token"}
-    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
+    assert model.no_weight_decay() <= dict(small(reg_tokens=2).named_parameters()).keys()
 
 
 # Impossible sizes

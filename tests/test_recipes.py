@@ -10,6 +10,7 @@ from maelab.config import FinetuneConfig, PretrainConfig
 from maelab.data import Dataset, ImageSet
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT
+from maelab.runs.commands import ENCODER
 from maelab.tasks import finetune, pretrain
 from maelab.weights import load_encoder
 
@@ -69,7 +70,7 @@ def test_a_digit_encoder_transfers_to_cifar10():
     before, after = recipes.pretrain_mnist(), recipes.finetune_cifar10()
     init = pretrain.model_spec(before, data_of(before))
     fitted = finetune.with_encoder_of(after, init)
-    assert replace(fitted, **{field: getattr(after, field) for field in finetune.ENCODER_FIELDS}) == after
+    assert replace(fitted, **{field: getattr(after, field) for field in ENCODER}) == after
     model, source = finetune.model_spec(fitted, data_of(after)).build(), init.build()
     adapted = load_encoder(model, source)  # type: ignore[arg-type]
     assert [phrase.split(" ")[0] for phrase in adapted] == ["position", "patch"]

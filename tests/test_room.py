@@ -11,7 +11,8 @@ NAMES = {"config.json", "env.json", "metrics.jsonl", "result.json", "training.pt
 NAMES |= {"sweep.json"}  # which is a sweep's own
 EXCEPTIONS = {  # (file, name): config.json of other libraries' models
     ("maelab/export.py", "config.json"),
-    ("maelab/weights.py", "config.json"),
+    ("maelab/foreign/__init__.py", "config.json"),
+    ("maelab/foreign/hugging_face.py", "config.json"),
 }
 
 

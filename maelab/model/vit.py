@@ -156,6 +156,8 @@ class VisionTransformer(nn.Module):
         global_pool: 'token' classifies from the class token after `norm`; 'avg' from the mean of the patch tokens,
             normalised by `fc_norm`.
         class_token: have a class token; needed by global_pool='token'.
+        reg_tokens: learned tokens after the class token that nothing is read from and that have no position
+            (registers: Darcet et al. 2023, arXiv 2309.16588).
         learned_pos_embed: learn the position embedding, instead of the fixed sine-cosine one.
 
     Raises:
@@ -178,6 +180,7 @@ class VisionTransformer(nn.Module):
         patch_drop_rate: float = 0.0,
         global_pool: Literal["token", "avg"] = "token",
         class_token: bool = True,
+        reg_tokens: int = 0,
         learned_pos_embed: bool = False,
     ) -> None:
         super().__init__()
@@ -200,12 +203,13 @@ class VisionTransformer(nn.Module):
         self.global_pool = global_pool
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.num_prefix_tokens = int(class_token)
+        self.num_prefix_tokens = int(class_token) + reg_tokens
         self.learned_pos_embed = learned_pos_embed
         self.patch_drop_rate = patch_drop_rate
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = self._new_pos_embed(embed_dim)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # numbers even for a model on "meta"
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
@@ -216,8 +220,9 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def _new_pos_embed(self, dim: int) -> nn.Parameter:
-        """A position embedding of `dim` channels, (1, prefix + L, dim), fixed unless learned ones were asked for."""
-        embed = sincos_pos_embed(dim, self.grid_size, class_token=self.num_prefix_tokens > 0)
+        """A position embedding of `dim` channels, (1, L, dim) or with that of a class token first, fixed unless
+        learned ones were asked for."""
+        embed = sincos_pos_embed(dim, self.grid_size, class_token=self.cls_token is not None)
         return nn.Parameter(embed, requires_grad=self.learned_pos_embed)
 
     def reset_parameters(self) -> None:
@@ -232,12 +237,14 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone beside norms and biases."""
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token", "reg_token"}
 
     def to_patches(self, imgs: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> patches (B, L, p * p * C).
@@ -251,7 +258,7 @@ class VisionTransformer(nn.Module):
         return patchify(imgs, self.patch_size)
 
     def embed(self, patches: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed patches, add positions and put the class token first.
+        """Embed patches, add positions and put the class token and the registers first.
 
         Args:
             patches: (B, L or len_keep, p * p * C).
@@ -260,13 +267,11 @@ class VisionTransformer(nn.Module):
         Returns:
             (B, prefix + len_keep, D).
         """
-        B, prefix = patches.shape[0], self.num_prefix_tokens
-        positions = self.pos_embed[0, prefix:]  # (L, D)
+        positions = self.pos_embed[0, -self.num_patches :]  # (L, D)
         x = self.patch_embed(patches) + (positions if ids_keep is None else positions[ids_keep])
-        if self.cls_token is not None:
-            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-            x = torch.cat([cls_token.to(x.dtype), x], dim=1)
-        return x
+        prefix = [] if self.cls_token is None else [self.cls_token + self.pos_embed[:, :1]]
+        prefix += [] if self.reg_token is None else [self.reg_token]
+        return torch.cat([*(token.to(x.dtype).expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
 
     def encode(self, patches: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
         """All patches (B, L, p * p * C), and the places to show (B, len_keep), None being all

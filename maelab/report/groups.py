@@ -247,7 +247,7 @@ def _origin(run: Run, runs: Iterable[Run]) -> Run | None:
     for other in runs:
         if other is run or other.task == "probe":
             continue
-        if run.task == "finetune" and any(other.config[f] != run.config[f] for f in ENCODER):
+        if run.task == "finetune" and any(other.config.get(f, 0) != run.config.get(f, 0) for f in ENCODER):
             continue
         pairs = list(zip(reversed(parts), reversed(other.folder.parts), strict=False))
         alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
@@ -286,7 +286,7 @@ def families(runs: Iterable[Run], fields: Sequence[str] = BUDGET) -> list[list[G
     """
     by_family: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        shared = _key([run.task, run.data, *(run.config.get(f) for f in fields)])
+        shared = _key([run.task, run.data, *(run.config.get(f, getattr(FinetuneConfig, f, None)) for f in fields)])
         by_family.setdefault(shared, {}).setdefault(_identity(run), []).append(run)
     return [_named([sorted(g, key=lambda run: run.config["seed"]) for g in f.values()]) for f in by_family.values()]
 

@@ -10,7 +10,8 @@ from maelab import recipes
 from maelab.names import shell_word
 from maelab.runs.ensure import CONFIGS
 
-ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")  # these come with the weights
+# What comes with the weights of an encoder. Those of autoencoders have no registers.
+ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
 
 
 def command(config: Mapping[str, Any], *, init: str | None = None, out: str | None = None) -> str:

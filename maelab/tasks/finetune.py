@@ -17,6 +17,7 @@ from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters, scores_by_class
 from maelab.model import VisionTransformer
 from maelab.runs import check_out, read_metrics
+from maelab.runs.commands import ENCODER
 from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
@@ -26,7 +27,6 @@ from maelab.training.trackers import log_outcome
 from maelab.weights import load_encoder
 
 PICTURED = 24
-ENCODER_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
@@ -35,12 +35,13 @@ def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
     Raises:
         UsageError: if there is no encoder in them.
     """
-    if not set(ENCODER_FIELDS) <= init.arguments.keys():
+    arguments = {"reg_tokens": 0, **init.arguments}
+    if not set(ENCODER) <= arguments.keys():
         raise UsageError(
             f"--init {config.init} is a {init.model} and has no encoder; name a pretraining or fine-tuning run"
         )
     resized = {"patch_size"} if config.adapt_patch_embed == "resize" else set()
-    return replace(config, **{field: init.arguments[field] for field in ENCODER_FIELDS if field not in resized})
+    return replace(config, **{field: arguments[field] for field in ENCODER if field not in resized})
 
 
 def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
@@ -59,7 +60,7 @@ def model_spec(config: FinetuneConfig, data: Dataset) -> ModelSpec:
             f"--patch-size {config.patch_size} does not divide the image size {height}x{width};"
             " give another --img-size or --patch-size"
         )
-    arguments = {field: getattr(config, field) for field in (*ENCODER_FIELDS, "learned_pos_embed", "global_pool")}
+    arguments = {field: getattr(config, field) for field in (*ENCODER, "learned_pos_embed", "global_pool")}
     arguments |= {"img_size": (height, width), "in_chans": in_chans, "num_classes": len(data.class_names)}
     arguments |= {"drop_path_rate": config.drop_path, "patch_drop_rate": config.patch_drop}
     return ModelSpec("VisionTransformer", arguments, data.name, data.class_names, reading=data.reading)

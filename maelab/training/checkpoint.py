@@ -21,6 +21,7 @@ from maelab.data.datasets import whole
 from maelab.data.images import read_all
 from maelab.data.splits import shared_images
 from maelab.errors import RunError, UsageError
+from maelab.foreign import Foreign, read_foreign
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.names import visible
 from maelab.runs import (
@@ -33,7 +34,6 @@ from maelab.runs import (
     write_atomically,
 )
 from maelab.runs.checkpoints import CONFIG, MODEL
-from maelab.weights import Foreign, read_foreign
 
 MODELS = {c.__name__: c for c in (MaskedAutoencoderViT, VisionTransformer, nn.Linear)}
 
@@ -93,7 +93,7 @@ def _foreign_spec(found: Foreign) -> ModelSpec:
 
 
 def read_spec(path: str | Path) -> ModelSpec:
-    """The description of a checkpoint, or of a model of another library (see `maelab.weights.read_foreign`).
+    """The description of a checkpoint, or of a model of another library (see `maelab.foreign.read_foreign`).
 
     Raises:
         UsageError: if there is no checkpoint.
@@ -108,7 +108,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
 
     Args:
         path: run folder, of which the best checkpoint is taken (else the last), a checkpoint folder, or a model of
-            another library (see `maelab.weights.read_foreign`). Weights whose SHA-256 is not that of their description
+            another library (see `maelab.foreign.read_foreign`). Weights whose SHA-256 is not that of their description
             are refused.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 from engine import JSON_TOKENS, Target
 from safetensors.torch import save, save_file
 
-from maelab import fit, printing, weights
+from maelab import fit, foreign, printing
 from maelab.errors import UsageError
 from maelab.files import parse_json, read_json
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -306,7 +306,7 @@ def seeds_of_folder(file: str) -> Seeds:
                             ("vit_mae", MaskedAutoencoderViT(**TINY_MAE))):  # fmt: skip
             (place / kind).mkdir()
             (place / kind / "config.json").write_text(json.dumps(HF | {"model_type": kind}))
-            save_file(weights.to_hugging_face(model.state_dict()), place / kind / "model.safetensors")
+            save_file(foreign.to_hugging_face(model.state_dict()), place / kind / "model.safetensors")
             colours = {"do_normalize": True, "image_mean": [0.4], "image_std": [0.2]}
             (place / kind / "preprocessor_config.json").write_text(json.dumps(colours))
         return [(place / kind / file).read_bytes() for kind in ("vit", "vit_mae")]
