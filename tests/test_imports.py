@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "model", "files"),
     ("native", "recipes"),
     ("runs", "data", "weights", "commandline"),
+    ("foreign",),
     ("training", "inference", "figures"),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),

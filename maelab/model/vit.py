@@ -244,7 +244,7 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone beside norms and biases."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "cls_token"} | (set() if self.reg_token is None else {"reg_token"})
 
     def to_patches(self, imgs: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> patches (B, L, p * p * C).
