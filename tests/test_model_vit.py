@@ -287,6 +287,7 @@ def test_no_weight_decay_names_exist():
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 32"),
         ({"embed_dim": 30, "num_heads": 3}, "4 divides, got 30"),
         ({"class_token": False}, "global_pool='token' needs class_token=True"),
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 2}, "reg_tokens needs class_token=True"),
     ],
 )
 def test_impossible_sizes_are_named(changes, message):

@@ -15,8 +15,8 @@ def read_foreign(path: str | Path) -> Foreign | None:
     """Read a model that another library saved; None if `path` is no such thing.
 
     Args:
-        path: 'hf:NAME' for a model of the Hugging Face hub, a folder of transformers (ViTMAE or ViT) or of timm, or a
-            file (.safetensors, .pth, .pt, .bin, .pth.tar) with timm's names or the original MAE's. Pickles are read
+        path: 'hf:NAME' for a model of the Hugging Face hub, a folder of transformers (ViTMAE, ViT, DINOv2) or timm, or
+            a file (.safetensors, .pth, .pt, .bin, .pth.tar) with timm's names or the original MAE's. Pickles are read
             with weights_only=True.
 
     The weights are changed, exactly, to take images in [-1, 1]: see `fold_normalisation`.

@@ -24,10 +24,8 @@ from maelab.foreign.tensors import (
 from maelab.model import sincos_pos_embed
 from maelab.weights import PATCH_WEIGHT
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # what the original MAE and DINOv2 normalise by
+# Mean and deviation that the images of the original MAE and of DINOv2 have.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # A file of weights does not tell its heads. They are 64 wide in published ViTs, but in these: ViT-SO400M, H, g and G.
 WIDER_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
@@ -96,9 +94,7 @@ def read_timm(file: Path, config: dict[str, Any] | None = None) -> Foreign:
             arguments |= classifier_arguments(state)
             if not own and arguments["num_classes"] and arguments["global_pool"] == "token":
                 notes.append("classification from the class token assumed")
-        colours, said = _colours_of_timm(state, arguments, metadata, config)
-        if colours is None and scaled and arguments["patch_size"] == 14 and "pretrained_cfg" not in (config or {}):
-            colours, said = IMAGENET, ["colours as in DINOv2, by ImageNet's mean and deviation"]
+        colours, said = _colours_of_timm(state, arguments, scaled, metadata, config)
         if not own:
             notes += said
             if colours:
@@ -126,10 +122,10 @@ def _original_decoder(state: State, command: dict[str, str]) -> dict[str, Any]:
 
 
 def _colours_of_timm(
-    state: State, arguments: dict[str, Any], command: dict[str, str], config: dict[str, Any] | None
+    state: State, arguments: dict[str, Any], scaled: bool, command: dict[str, str], config: dict[str, Any] | None
 ) -> tuple[tuple[Sequence[float], Sequence[float]] | None, list[str]]:
-    """Mean and deviation that the images of a file of timm's or the original MAE's had, if not 0.5, and how that is
-    known."""
+    """Mean and deviation that the images of a file of timm's, the original MAE's or DINOv2's had, if not 0.5, and how
+    that is known. `scaled`: it had layer scales."""
     channels, cfg = arguments["in_chans"], (config or {}).get("pretrained_cfg", {})
     if "mean" in cfg and "std" in cfg:
         return checked_colours(cfg["mean"], cfg["std"], channels)
@@ -140,4 +136,6 @@ def _colours_of_timm(
     still = fixed.shape == state["pos_embed"].shape and torch.allclose(fixed, state["pos_embed"], atol=1e-3)
     if still or {"norm_pix_loss", "nb_classes"} & command.keys():
         return IMAGENET, ["colours as in the original MAE, by ImageNet's mean and deviation"]
+    if scaled and arguments["patch_size"] == 14:
+        return IMAGENET, ["colours as in DINOv2, by ImageNet's mean and deviation"]
     return None, ["colours assumed in [-1, 1]"]

@@ -193,6 +193,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         if not 0 <= patch_drop_rate < 1:
             raise ValueError(f"patch_drop_rate must lie in [0, 1), got {patch_drop_rate}")
+        if reg_tokens and not class_token:
+            raise ValueError("reg_tokens needs class_token=True")
         if global_pool == "token" and num_classes and not class_token:
             raise ValueError("global_pool='token' needs class_token=True")
         self.img_size = (height, width)
