@@ -107,7 +107,8 @@ CONTROLS = {  # of its table of controls: which classifiers from scratch, from a
     "CIFAR-10, 1% of the labels, 100 epochs": ("share1-scratch-s?", "share1-mnist-s?", "share1-cifar-s?"),
 }
 KINDS = ("reconstructions", "predictions")  # of pictures of runs on the page; it draws the others itself
-WIDE = "--embed-dim 192 --num-heads 3 --decoder-embed-dim 96 --decoder-num-heads 3"  # the width of recipe cifar10
+WIDE_ENCODER = "--embed-dim 192 --num-heads 3"  # the width of recipe cifar10
+WIDE = f"{WIDE_ENCODER} --decoder-embed-dim 96 --decoder-num-heads 3"
 AUGMENTATIONS = {"augmented": "", "plain": " --crop-padding 0 --no-flip"}
 SHARES = {  # no validation label chooses the epoch, and each seed has its own images
     "share1": " --label-fraction 0.01 --epochs 100 --batch-size 64 --val-fraction 0.01 --keep last",
@@ -159,11 +160,14 @@ def experiments() -> dict[str, dict[str, str]]:
         labels[f"mnist-scratch-s{seed}"] = f"finetune mnist --seed {seed}"
     for seed in LONG_SEEDS:
         transfer[f"transfer-s{seed}"] = f"finetune cifar10 --init @mae-mnist-long --epochs 20 --seed {seed}"
+        transfer[f"transfer-scratch-s{seed}"] = f"finetune cifar10 --epochs 20 --seed {seed}"
         for name, flags in ADAPTATIONS.items():
             adapted[f"{name}-s{seed}"] = f"finetune cifar10 --init @mae-mnist-s{seed}{flags} --seed {seed}"
     mnist = {"mae-mnist-long": f"pretrain mnist {WIDE} --epochs 60 --batch-size 128"}
     strong = f"finetune mnist --init @mae-mnist-long --epochs 20 {STRONG_MNIST}"
     mnist |= {f"{name}-mnist-s{s}": f"{strong} {flags} --seed {s}" for name, flags in LONG_MNIST.items() for s in SEEDS}
+    control = f"finetune mnist {WIDE_ENCODER} --epochs 20 {STRONG_MNIST} {LONG_MNIST['best']}"
+    mnist |= {f"scratch-mnist-s{seed}": f"{control} --seed {seed}" for seed in SEEDS}
     mnist["elastic-mnist-s0"] = f"{strong} --ema-decay 0.999 --elastic 0.04"
     trial = f"finetune mnist --init maelab:mnist-mae --epochs 10 --val-fraction 0.2 {STRONG_MNIST}"
     trials = {name: f"{trial} {flags}" for name, flags in TRIALS_MNIST.items()}
