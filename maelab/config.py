@@ -274,7 +274,8 @@ class PretrainConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """Pretrain a masked autoencoder on images; labels, if there are any, serve only to follow k-NN accuracy."""
 
     init: str = "none"
-    """go on from this autoencoder: run folder or checkpoint, which then decides the shape; none starts from scratch"""
+    """go on from these weights, which then decide the shape: of an autoencoder, or of an encoder alone with a new
+    decoder; whatever finetune takes, other channels and image sizes included; none starts from scratch"""
     mask_ratio: float = 0.75
     """share of the patches to hide"""
     norm_pix_loss: bool = False

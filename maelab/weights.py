@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from maelab.errors import UsageError
-from maelab.model import VisionTransformer, interpolate_pos_embed
+from maelab.model import MaskedAutoencoderViT, VisionTransformer, interpolate_pos_embed
 from maelab.model.vit import Block
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
+DECODER = ("decoder_", "mask_token")
 
 
 def _shape(model: VisionTransformer) -> dict[str, int]:
@@ -88,7 +89,7 @@ def load_encoder(
     adapted = []
     own, given = model.state_dict(), source.state_dict()
     for key in own:
-        if key.startswith(("head.", "fc_norm.")) or key not in given:
+        if key.startswith(("head.", "fc_norm.", *DECODER)) or key not in given:
             continue
         value = given[key]
         if key == PATCH_WEIGHT and model.patch_size != source.patch_size:
@@ -114,3 +115,42 @@ def load_encoder(
         own[key] = value
     model.load_state_dict(own)
     return adapted
+
+
+def load_autoencoder(model: MaskedAutoencoderViT, source: VisionTransformer) -> list[str]:
+    """Copy what `source` has, encoder and decoder if it is an autoencoder, into `model`, in place.
+
+    Args:
+        model: what to load into. Where the source has no decoder, or one of another shape, it keeps its own.
+        source: where from.
+
+    Returns:
+        What had to be adapted, one phrase each.
+
+    Raises:
+        UsageError: if the encoders do not fit; see `load_encoder`.
+    """
+    adapted = load_encoder(model, source)
+    if not isinstance(source, MaskedAutoencoderViT) or _decoder(source) != _decoder(model):
+        return [*adapted, "a new decoder"]
+    own, given = model.state_dict(), source.state_dict()
+    for key in own:
+        if not key.startswith(DECODER):
+            continue
+        value = given[key]
+        if key == "decoder_pos_embed":
+            value = interpolate_pos_embed(value, source.grid_size, model.grid_size, model.num_prefix_tokens)
+        if key.startswith("decoder_pred.") and source.in_chans != model.in_chans:
+            value = value.unflatten(0, (-1, source.in_chans))  # rows lie as (row, column, channel) of a patch
+            value = value.mean(dim=1, keepdim=True).repeat_interleave(model.in_chans, dim=1).flatten(0, 1)
+        own[key] = value
+    model.load_state_dict(own)
+    return adapted
+
+
+def _decoder(model: MaskedAutoencoderViT) -> tuple[int, ...]:
+    """What two decoders must share."""
+    block = model.decoder_blocks[0]
+    assert isinstance(block, Block)
+    width, heads, mlp = model.decoder_embed.out_features, block.attn.num_heads, block.mlp.fc1.out_features
+    return width, len(model.decoder_blocks), heads, mlp, model.patch_size, model.num_prefix_tokens

@@ -210,7 +210,7 @@ def test_a_model_with_registers_goes_on_as_a_classifier_and_not_as_an_autoencode
     ours, spec = load_model(tmp_path / "run")
     assert isinstance(ours, VisionTransformer) and ours.reg_token is not None and spec.arguments["reg_tokens"] == 2
     refused = maelab.run("pretrain", *command, cwd=tmp_path).error()
-    assert refused == "--init dino is a VisionTransformer; pretraining goes on from an autoencoder"
+    assert refused == "--init dino has register tokens, which maelab does not pretrain; fine-tune it"
 
 
 def test_the_original_mae(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, sincos_pos_embed
-from maelab.weights import adapt_channels, load_encoder, resize_patch_embed
+from maelab.weights import adapt_channels, load_autoencoder, load_encoder, resize_patch_embed
 
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER: dict[str, Any] = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -199,3 +199,38 @@ def test_what_cannot_fit_is_refused_and_nothing_is_changed(change, message):
     with pytest.raises(UsageError, match=message):
         load_encoder(model, source())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 3), (3, 1), (1, 13)])
+def test_an_autoencoder_goes_on_with_other_channels(old, new):
+    """A grey image is rebuilt as before: alike in every new channel, as the mean of the old ones."""
+    given, model = source(in_chans=old), MaskedAutoencoderViT(**{**SHAPE, **DECODER, "in_chans": new})
+    filled(model, seed=3)
+    assert load_autoencoder(model, given) == [f"patch embedding {old} -> {new} channels: inflate"]
+    grey, noise = torch.randn(2, 1, 16, 16), torch.rand(2, 16)
+    there = given(grey.expand(-1, old, -1, -1), 0.5, noise)[1].unflatten(2, (16, old))  # (B, L, p * p, C)
+    here = model(grey.expand(-1, new, -1, -1), 0.5, noise)[1].unflatten(2, (16, new))
+    expected = there.mean(dim=3, keepdim=True).expand_as(here)
+    torch.testing.assert_close(here, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_autoencoder_goes_on_at_another_size():
+    given = MaskedAutoencoderViT(**SHAPE, **DECODER)
+    model = filled(MaskedAutoencoderViT(**{**SHAPE, **DECODER, "img_size": (24, 16)}), seed=3)
+    assert load_autoencoder(model, given) == ["position embedding 4x4 -> 6x4: interpolate"]  # type: ignore[arg-type]
+    positions = model.state_dict()["decoder_pos_embed"]
+    assert positions.shape == (1, 25, 8) and torch.equal(positions[:, 0], given.decoder_pos_embed[:, 0])
+    between = positions[0, 1:].reshape(6, 4, 8)[:, :, :4]  # what encodes the column is alike in every row
+    torch.testing.assert_close(between, given.decoder_pos_embed[0, 1:5, :4].expand(6, 4, 4), rtol=0, atol=1e-5)
+    given_pred = given.decoder_pred.weight
+    assert torch.equal(model.get_parameter("decoder_pred.weight"), given_pred)
+
+
+@pytest.mark.parametrize("given", [target(), source(decoder_depth=2), source(decoder_num_heads=1)])
+def test_pretraining_goes_on_from_an_encoder_alone_with_its_own_decoder(given):
+    model = filled(MaskedAutoencoderViT(**SHAPE, **DECODER), seed=3)
+    own = model.get_parameter("decoder_pred.weight").detach().clone()
+    assert load_autoencoder(model, given) == ["a new decoder"]  # type: ignore[arg-type]
+    assert torch.equal(model.get_parameter("decoder_pred.weight"), own)
+    images = torch.randn(2, 1, 16, 16)
+    assert torch.equal(model.forward_features(images), given.forward_features(images))

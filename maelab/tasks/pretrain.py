@@ -1,6 +1,5 @@
 """Pretraining: a masked autoencoder learns to rebuild hidden patches."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,17 @@ from maelab.inference import (
     masked_mse,
     reconstruct_images,
 )
-from maelab.model import MaskedAutoencoderViT, patchify
+from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify
 from maelab.model.masks import hidden_count, make_mask
 from maelab.runs import check_out, read_metrics
+from maelab.runs.commands import ENCODER
 from maelab.training.checkpoint import ModelSpec, load_model
 from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.ranks import in_processes
 from maelab.training.runlog import environment, open_task, say
 from maelab.training.trackers import log_outcome
+from maelab.weights import load_autoencoder
 
 # k-NN during training compares so many validation images with so many training images at most: 3% of the time of an
 # epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
@@ -63,14 +64,17 @@ def model_spec(config: PretrainConfig, data: Dataset) -> ModelSpec:
 
 
 def with_shape_of(config: PretrainConfig, init: ModelSpec) -> PretrainConfig:
-    """The config with the shape of the initial autoencoder.
+    """The config with the shape of the initial weights: an autoencoder's, or an encoder's and the decoder of `config`.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if there is no encoder in them, or one that an autoencoder cannot have.
     """
-    if init.model != "MaskedAutoencoderViT":
-        raise UsageError(f"--init {config.init} is a {init.model}; pretraining goes on from an autoencoder")
-    return replace(config, **{field: init.arguments[field] for field in SHAPE})
+    arguments = init.arguments
+    if not set(ENCODER) - {"reg_tokens"} <= arguments.keys():
+        raise UsageError(f"--init {config.init} is a {init.model} and has no encoder; name a run or an encoder")
+    if arguments.get("reg_tokens", 0):
+        raise UsageError(f"--init {config.init} has register tokens, which maelab does not pretrain; fine-tune it")
+    return replace(config, **{field: arguments[field] for field in SHAPE if field in arguments})
 
 
 def some(data: ImageSet, n: int, seed: int) -> ImageSet:
@@ -137,12 +141,10 @@ def pretrain(
     torch.manual_seed(config.seed)
     model = spec.build()
     assert isinstance(model, MaskedAutoencoderViT)
-    if source is not None and init is not None:
-        for field in ("img_size", "in_chans"):
-            theirs, ours = (json.loads(json.dumps(one.arguments[field])) for one in (init, spec))
-            if theirs != ours:
-                raise UsageError(f"--init {config.init} has {field} {theirs}, and {data.name} gives {ours}")
-        model.load_state_dict(source.state_dict())
+    adapted: list[str] = []
+    if source is not None:
+        assert isinstance(source, VisionTransformer)
+        adapted = load_autoencoder(model, source)
     num_patches, hardware = model.num_patches, prepare(model, engine, options)
     hidden = hidden_count("random", model.grid_size, config.mask_ratio)
     begun_from = environment(hardware, data.checksums, source)
@@ -157,7 +159,8 @@ def pretrain(
         say(
             f"pretrain on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
             f" {num_patches} patches of {config.patch_size}x{config.patch_size}, {hidden} of them hidden;"
-            f" {count_parameters(model) / 1e6:.2f}M parameters{f' from {config.init}' if source else ''}; {hardware};"
+            f" {count_parameters(model) / 1e6:.2f}M parameters{f' from {config.init}' if source else ''}"
+            f"{''.join(f'; {a}' for a in adapted)}; {hardware};"
             f" {folder}"
         )
 
@@ -201,6 +204,7 @@ def pretrain(
             "seed": config.seed,
             "epochs": outcome.epochs,
             "init": config.init,
+            "adapted": adapted,
             "patch_size": config.patch_size,
             "mask_ratio": config.mask_ratio,
             "patches": num_patches,
