@@ -125,11 +125,14 @@ def _config(kind: Any, recipe: str, typed: dict[str, Any]) -> tuple[Any, str]:
     if recipe == "folder":
         config = replace(_for_folder(task, config, typed), **typed)
     if config.init != "none":
+        from maelab.runs import saved_elsewhere
         from maelab.tasks.finetune import with_encoder_of
         from maelab.tasks.pretrain import with_shape_of
         from maelab.training.checkpoint import read_spec
 
         like = with_shape_of if isinstance(config, PretrainConfig) else with_encoder_of
+        if isinstance(config, FinetuneConfig) and saved_elsewhere(config.init):
+            config = replace(config, **{**recipes.FOR_FOREIGN, **typed})
         fitting = like(config, read_spec(config.init))  # type: ignore[arg-type]
         for name, given in typed.items():
             if given != (needed := getattr(fitting, name)):

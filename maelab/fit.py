@@ -27,17 +27,19 @@ from maelab.errors import RunError, UsageError
 from maelab.files import read_json
 from maelab.inference import class_probabilities, classification_scores, masked_mse
 from maelab.progress import heartbeat
-from maelab.runs import find_checkpoint, open_collection, replace_collection, write_json
+from maelab.runs import find_checkpoint, open_collection, replace_collection, saved_elsewhere, write_json
 from maelab.runs import folder as folders
+from maelab.runs.commands import ENCODER
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
 from maelab.training.capture import WARM_UP
+from maelab.training.checkpoint import read_spec
 from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
 from maelab.training.runlog import console, in_words, say
 from maelab.verdict import judge
 
-STAGES = ("pretrain", "finetune", "scratch")
+STAGES = ("pretrain", "transfer", "finetune", "scratch")
 PLAN, ENTRIES = "plan.json", frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
 BEFORE = "before-{}"  # the autoencoder that a fit of more minutes goes on from, by the number of its fit
 FILES = (  # all that a fit writes; the plan goes last
@@ -51,6 +53,7 @@ _UNSAID: dict[str, Any] = {
     "group": None,
     "img_size": None,
     "resize": "crop",
+    "init": "none",
     "flip": None,
     "class_weights": "none",
 }
@@ -70,6 +73,7 @@ def fit(
     resize: Resize = "crop",
     flip: bool | None = None,
     class_weights: Literal["none", "balanced"] = "none",
+    init: str = "none",
     out: Path | None = None,
     overwrite: bool = False,
     options: ComputeOptions | None = None,
@@ -77,9 +81,11 @@ def fit(
     """Do it all for a folder of images, within a given time.
 
     It pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
-    scratch with the same fine-tuning; the better on validation is the model, and a verdict says what pretraining was
-    worth. How many epochs, a measured rate of steps decides. Each stage is a run folder: stopped, the same call goes
-    on; complete, it only answers again; with more minutes, its autoencoder learns on for the rest of them.
+    scratch with the same fine-tuning; the best on validation is the model, and a verdict says what pretraining was
+    worth. With `init`, pretraining begins from that autoencoder; any other encoder, such as one from larger data, is
+    fine-tuned as it is, as a third contender. How many epochs, a measured rate of steps decides. Each stage is a run
+    folder: stopped, the same call goes on; complete, it only answers again; with more minutes, its autoencoder learns
+    on for the rest of them.
 
     Args:
         folder: images: a sub-folder for each class, those without a class in unlabelled/, or all directly in it; or a
@@ -93,6 +99,8 @@ def fit(
         resize: how an image comes to that size: crop cuts off what exceeds it, pad puts black around, squash distorts.
         flip: whether images are mirrored at random; None mirrors coloured ones.
         class_weights: balanced: images of rare classes weigh more in the loss, so that each class counts alike.
+        init: weights to begin with: run folder or checkpoint, folder of transformers (ViT, ViTMAE, DINOv2) or hf:NAME
+            from its hub, file of timm, such as hf:facebook/dinov2-small.
         out: folder for runs, page and verdict; None is runs/fit-NAME, with a number where that is another folder's.
         overwrite: begin anew where the folder holds another fit.
         options: where to compute.
@@ -121,7 +129,7 @@ def fit(
         raise UsageError(f"--out {out} lies among your images in {folder}; give --out a folder elsewhere")
     asked: dict[str, Any] = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "labels": labels}
     asked |= {"group": group, "img_size": img_size and list(img_size), "resize": resize, "flip": flip}
-    asked["class_weights"] = class_weights
+    asked |= {"class_weights": class_weights, "init": _absolute(init)}
     found = scan(asked["data"], reading_of(ReadingConfig(labels=labels, group=group, resize=resize)))
     for line in found.lines():
         say(line)
@@ -159,6 +167,11 @@ def _default_out(folder: Path) -> Path:
         number += 1
         place = place.with_name(f"fit-{name}-{number}")
     return place
+
+
+def _absolute(init: str) -> str:
+    """The weights named so that they are the same from everywhere; a name of a hub or of maelab's own stays."""
+    return str(Path(init).resolve()) if init != "none" and Path(init).exists() else init
 
 
 def _plan_of(out: Path) -> dict[str, Any]:
@@ -252,12 +265,20 @@ def _plan(
     both = ("labels", "group", "resize", "flip", "data", "seed")
     common: dict[str, Any] = {name: asked[name] for name in both if asked.get(name) is not None}
     size = tuple(asked["img_size"]) if asked.get("img_size") else None
-    before = recipes.pretrain_folder(images, found.side, found.grey, img_size=size)
-    after = recipes.finetune_folder(found.labelled, found.side, found.grey, img_size=size)
+    init = asked.get("init", "none")
+    spec = None if init == "none" else read_spec(init)
+    if spec is not None and spec.model != "MaskedAutoencoderViT" and not labelled:
+        raise UsageError(f"--init {init} is no autoencoder, and without classes there is nothing else to do with it")
+    going_on = spec if spec is not None and spec.model == "MaskedAutoencoderViT" else None
+    patch = None if going_on is None else going_on.arguments["patch_size"]
+    before = recipes.pretrain_folder(images, found.side, found.grey, patch, size)
+    after = recipes.finetune_folder(found.labelled, found.side, found.grey, patch, size)
+    if going_on is not None:
+        before = pretraining.with_shape_of(replace(before, init=init), going_on)
     if labelled:  # the same validation images, so that pretraining does not see them either
         common["val_fraction"] = after.val_fraction
     before = replace(before, **common, knn_every=0)
-    shape = {field: getattr(before, field) for field in ("embed_dim", "depth", "num_heads")}
+    shape = {field: getattr(before, field) for field in ENCODER if field != "reg_tokens"}
     after = replace(after, **common, **shape, class_weights=asked.get("class_weights", "none"))
 
     loading = time.perf_counter()
@@ -267,7 +288,12 @@ def _plan(
         say_once(line, data.name)
     say(f"{recipes.explain_folder(before, images, found.side, found.channels, found.val)}; timing a few steps")
     stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
-    for config, share in ((before, 0.5), (after, 0.25))[: 1 + labelled]:
+    contenders: list[tuple[PretrainConfig | FinetuneConfig, float]] = [(before, 0.5), (after, 0.25)][: 1 + labelled]
+    if spec is not None and going_on is None:
+        given = replace(after, **recipes.FOR_FOREIGN) if saved_elsewhere(init) else after
+        given = finetuning.with_encoder_of(replace(given, init=init, adapt_patch_embed="resize"), spec)
+        contenders.append((given, 0.25))
+    for config, share in contenders:
         train_set, val_set = training_sets(data, config, unlabelled=config is before)
         measured = _measure(config, data, train_set, val_set, options, budget / 20)
         smaller = _batch_size(config.batch_size, measured[0], share * budget)
@@ -275,14 +301,16 @@ def _plan(
             config = replace(config, batch_size=smaller)
             measured = _measure(config, data, train_set, val_set, options, budget / 20)
         stages.append((config, len(train_set), len(val_set), *measured))
-    passes = 3 if labelled else 1
-    testing = found.test * stages[-1][3] / stages[-1][0].batch_size / 3 if labelled else 0.0  # forwards only
-    left = budget - (time.perf_counter() - begun) - passes * (loading + _DRAWING) - 2 * testing
-    left = max(1.0, _TO_SPEND * left)
+    testing = [found.test * step / config.batch_size / 3 for config, _, _, step, _ in stages]  # forwards only
+    testing[0] = 0.0
+    times = {"pretrain": 1, "finetune": 2, "transfer": 1}  # fine-tuning comes from scratch once more
+    passes = [runs for _, runs in zip(stages, times.values(), strict=False)]
+    left = budget - (time.perf_counter() - begun) - sum(passes) * (loading + _DRAWING)
+    left = max(1.0, _TO_SPEND * (left - sum(n * each for n, each in zip(passes, testing, strict=True))))
     chosen: dict[str, Any] = {}
-    if labelled:
-        chosen["finetune"], seconds = _fitted(*stages[1], seconds=left / 4)
-        left -= 2 * seconds
+    for name, runs, stage in [*zip(times, passes, stages, strict=False)][1:]:
+        chosen[name], seconds = _fitted(*stage, seconds=left / 4)
+        left -= runs * seconds
     # The time is there to be used, and of many epochs the best on validation is kept.
     many = replace(stages[0][0], epochs=_MANY * stages[0][0].epochs)
     chosen["pretrain"], _ = _fitted(many, *stages[0][1:], seconds=left)
@@ -291,9 +319,9 @@ def _plan(
     rates = {
         name: {
             "images": n, "validation_images": n_val, "images_per_s": round(config.batch_size / step, 1),
-            "step_s": step, "beside_s": beside, "beside_runs_s": loading + _DRAWING + testing, "epochs": config.epochs,
+            "step_s": step, "beside_s": beside, "beside_runs_s": loading + _DRAWING + each, "epochs": config.epochs,
         }
-        for name, (config, n, n_val, step, beside) in zip(("pretrain", "finetune"), stages, strict=False)
+        for name, each, (config, n, n_val, step, beside) in zip(times, testing, stages, strict=False)
     }  # fmt: skip
     return {**asked, **start, "faults": list(data.faults), "measured": rates} | chosen
 
@@ -418,9 +446,11 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
     try:
         configs = {"pretrain": read("pretrain", PretrainConfig)}
         if "finetune" in plan:
+            if "transfer" in plan:
+                configs["transfer"] = read("transfer", FinetuneConfig)
             configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
             configs["scratch"] = read("finetune", FinetuneConfig)
-        if plan["pretrain"].get("init", "none") != "none":  # its name within the folder
+        if plan.get("round"):  # init is a name within the folder
             configs["pretrain"] = read("pretrain", PretrainConfig, init=str(out / plan["pretrain"]["init"]))
         if not (_is_count(plan.get("spent", 0)) and type(plan.get("round", 0)) is int):
             raise ValueError("spent or round")
@@ -432,13 +462,14 @@ def _configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | Fine
 
 def _explain_plan(plan: dict[str, Any]) -> str:
     said = []
-    for stage in ("pretrain", "finetune"):
+    for stage in ("pretrain", "transfer", "finetune"):
         if stage in plan:
             rate, config = plan["measured"][stage], plan[stage]
             images = f"{config['limit']} of {rate['images']}" if config["limit"] else str(rate["images"])
             epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+            what = f"finetune {config['init']}" if stage == "transfer" else stage
             said.append(
-                f"{stage} {epochs} of {images} images, {config['batch_size']} at a time, at {rate['images_per_s']:g}/s"
+                f"{what} {epochs} of {images} images, {config['batch_size']} at a time, at {rate['images_per_s']:g}/s"
             )
     twice = ", twice: from the pretrained encoder, and from scratch as a control" if "finetune" in plan else ""
     if any(plan[stage]["limit"] for stage in plan["measured"]):

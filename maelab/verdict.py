@@ -23,6 +23,7 @@ from maelab.training.parallel import prepare, start_engine
 _MISTAKES = 24  # wrong images on the picture
 _FEW_TRAINING = 100  # images of a class, below which more of them are the first thing to try
 _SHRUNK = 2.0  # times as large as the model's images: details are lost
+LARGER = "--init hf:facebook/dinov2-small"
 _FEW_EPOCHS = 20  # of fine-tuning, below which more time is worth a try
 
 
@@ -88,8 +89,9 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
             )
         }
     tuned, scratch = results["finetune"], results["scratch"]
-    better = (tuned["val"]["accuracy"], -tuned["val"]["loss"]) >= (scratch["val"]["accuracy"], -scratch["val"]["loss"])
-    stage = "finetune" if better else "scratch"
+    contenders = [stage for stage in ("finetune", "scratch", "transfer") if stage in results]
+    scores = {stage: (results[stage]["val"]["accuracy"], -results[stage]["val"]["loss"]) for stage in contenders}
+    stage = max(contenders, key=scores.__getitem__)  # the first of equals
     test = results[stage]["test"]
     names, cells = list(test["per_class"]), _cells(test)
     n = int(cells[:, 2].sum())
@@ -107,6 +109,13 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
         "model": str(out / stage),
         "next": f"maelab predict {shell_word(str(out / stage))} IMAGE...",
     }
+    if "transfer" in results:
+        for part in ("val", "test"):
+            result[part]["transfer"] = results["transfer"][part]["accuracy"]
+        best = max(a, b)
+        c = result["test"]["transfer"]
+        noise = math.sqrt(_variance(c, n) + _variance(best, n))
+        result["transfer"] = {"params": results["transfer"]["params"], "difference": c - best, "standard_error": noise}
     return result | _beside_guessing(cells, names)
 
 
@@ -234,6 +243,8 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
     height, width = plan["finetune"]["img_size"]
     if found.side >= _SHRUNK * min(height, width):
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
+    if found.channels == 3 and plan.get("init", "none") == "none":
+        tries.append(f"weights from larger data, if these are photographs: {LARGER}")
     trained = found.classes.values()
     if max(trained) >= UNEVEN * min(trained) and plan.get("class_weights", "none") == "none":
         tries.append("--class-weights balanced")
@@ -255,7 +266,26 @@ def _worth(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
     else:
         noise = f"That is within the noise of so few test images: {chance}."
     where = "held out of your images by their content, as there is no test/" if found.held_out else "those in test/"
-    chosen = "the pretrained model" if result["chosen"] == "finetune" else "the model trained from scratch"
+    given = plan["transfer"]["init"] if "transfer" in result else ""
+    names = {
+        "finetune": "the pretrained model",
+        "scratch": "the model trained from scratch",
+        "transfer": f"that of {given}",
+    }
     said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
-    said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch) {chosen} was chosen."
-    return f"{head}. {noise} {said}"
+    said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch"
+    said += f", {val['transfer']:.1%} from {given}" if given else ""
+    said += f") {names[result['chosen']]} was chosen."
+    return f"{head}. {noise} {_larger(result, plan) if given else ''}{said}"
+
+
+def _larger(result: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What the weights given by --init were worth beside the better of the own two."""
+    more, config = result["transfer"], plan["transfer"]
+    points, chance = 100 * more["difference"], 200 * more["standard_error"]
+    what = f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than the better of those two"
+    sure = "more" if abs(points) > chance else "no more"
+    return (
+        f"Fine-tuned from {config['init']} ({more['params'] / 1e6:.1f}M parameters, epochs: {config['epochs']}) it is"
+        f" {result['test']['transfer']:.1%}: {what}, {sure} than chance explains ({chance:.1f}). "
+    )

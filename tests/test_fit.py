@@ -14,7 +14,7 @@ from processes import Maelab
 from maelab import recipes
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
-from maelab.fit import _batch_size, _fitted
+from maelab.fit import STAGES, _batch_size, _fitted
 from maelab.verdict import _cells, _confused, _variance
 
 ONE = ("--threads", 1)
@@ -106,6 +106,49 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert "unreadable, left out: 2" in ended.err and "plan for 0.02 minutes: pretrain" in ended.err
     guess = maelab.run("predict", result["model"], photos / "ship", *ONE, "--json", cwd=work).json()["predictions"]
     assert len(guess) == 20 and {entry["label"] for entry in guess} <= {"cat", "ship"}
+
+
+def test_an_encoder_from_elsewhere_is_a_third_contender(photos, maelab: Maelab, tmp_path):
+    """It has its own shape and patches, is fine-tuned as it is, and may be the model if validation says so."""
+    shape = ("--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-size", 8, "--epochs", 1)
+    given = maelab.run(
+        "finetune", "folder", "--data", f"folder:{photos}", *shape, *ONE, "--out", "given", "--json", cwd=tmp_path
+    ).json()["run"]
+    ended = maelab.run("fit", photos, "--init", given, "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
+    result, out = ended.json(), tmp_path / "runs" / "fit-photos"
+    stages = {stage: json.loads((out / stage / "result.json").read_text()) for stage in STAGES}
+    assert stages["transfer"]["init"] == str(tmp_path / "given") and stages["finetune"]["init"].endswith("pretrain")
+    adapted = ["position embedding 4x4 -> 8x8: interpolate", "patches 8x8 -> 4x4 pixels: resize"]
+    assert stages["transfer"]["adapted"] == adapted
+    configs = {stage: json.loads((out / stage / "config.json").read_text()) for stage in STAGES}
+    assert configs["transfer"]["embed_dim"] == 32 and configs["finetune"]["embed_dim"] == 96
+    for part in ("val", "test"):
+        assert result[part]["transfer"] == stages["transfer"][part]["accuracy"]
+    contenders = [stages[stage] | {"stage": stage} for stage in STAGES[1:]]
+    best = max(s["val"]["accuracy"] for s in contenders)
+    assert stages[result["chosen"]]["val"]["accuracy"] == best
+    assert f"finetune {tmp_path / 'given'} " in ended.err
+    assert f"Fine-tuned from {tmp_path / 'given'} (0.0" in result["verdict"]
+    again = maelab.run("fit", photos, "--init", "given", "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
+    assert again.json() == result
+    refused = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=tmp_path).error()
+    assert refused.startswith(f"runs/fit-photos holds a fit with --init {tmp_path / 'given'} instead of none")
+
+
+def test_pretraining_begins_from_an_autoencoder(photos, maelab: Maelab, tmp_path):
+    given = "maelab:mnist-mae"
+    ended = maelab.run("fit", photos, "--init", given, "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
+    out = tmp_path / "runs" / "fit-photos"
+    assert ended.json()["plan"]["pretrain"]["init"] == given and not (out / "transfer").exists()
+    result = json.loads((out / "pretrain" / "result.json").read_text())
+    adapted = ["position embedding 7x7 -> 8x8: interpolate", "patch embedding 1 -> 3 channels: inflate"]
+    assert (result["init"], result["adapted"]) == (given, adapted)
+    config = json.loads((out / "finetune" / "config.json").read_text())
+    assert (config["embed_dim"], config["depth"], config["init"]) == (192, 6, "runs/fit-photos/pretrain")
+    more = maelab.run("fit", photos, "--init", given, "--minutes", 0.04, *ONE, "--json", cwd=tmp_path).json()
+    assert more["plan"]["round"] == 1
+    result = json.loads((out / "pretrain" / "result.json").read_text())
+    assert (result["init"], result["adapted"]) == ("runs/fit-photos/before-1", [])
 
 
 def test_a_fit_goes_on_where_it_was(fitted, photos, maelab: Maelab):

@@ -14,6 +14,7 @@ import torch
 from hugging_face import randomize
 from safetensors.torch import load_file, save_file
 
+from maelab import runs
 from maelab.errors import MaelabError
 from maelab.foreign import read_foreign, tensors
 from maelab.foreign.timm import IMAGENET
@@ -201,7 +202,9 @@ def test_dinov2s_classifier_is_left_out_and_gated_mlps_are_refused(tmp_path, cap
         load_model(tmp_path / "gated")
 
 
-def test_a_model_with_registers_goes_on_as_a_classifier_and_not_as_an_autoencoder(maelab, cifar_folder, tmp_path):
+def test_a_model_with_registers_goes_on_as_a_classifier_and_not_as_an_autoencoder(
+    maelab, cifar_folder, tmp_path, monkeypatch
+):
     dinov2(2).save_pretrained(tmp_path / "dino")
     few = ("--data", f"folder:{cifar_folder}", "--limit", 32, "--batch-size", 16, "--epochs", 1, "--threads", 1)
     resize = ("--patch-size", 8, "--adapt-patch-embed", "resize")
@@ -209,6 +212,13 @@ def test_a_model_with_registers_goes_on_as_a_classifier_and_not_as_an_autoencode
     maelab.run("finetune", *command, *resize, "--out", "run", "--json", cwd=tmp_path).json()
     ours, spec = load_model(tmp_path / "run")
     assert isinstance(ours, VisionTransformer) and ours.reg_token is not None and spec.arguments["reg_tokens"] == 2
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())  # small steps for what it has learned
+    assert (config["optimizer"], config["layer_decay"]) == ("adamw", 0.75)
+    assert "--layer-decay" not in runs.command(config)
+    maelab.run("finetune", *command, *resize, "--layer-decay", 1, "--out", "other", cwd=tmp_path)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["layer_decay"] == 1 and "--layer-decay 1" in runs.command(config)
     refused = maelab.run("pretrain", *command, cwd=tmp_path).error()
     assert refused == "--init dino has register tokens, which maelab does not pretrain; fine-tune it"
 

@@ -142,6 +142,25 @@ def test_the_model_is_chosen_by_validation_whatever_the_test_says(tmp_path):
     assert "hurt by 65.0 points" in result["verdict"] and "the pretrained model was chosen" in result["verdict"]
 
 
+def test_a_third_contender_is_chosen_by_validation_too(tmp_path):
+    given = {"init": "hf:name", "epochs": 5}
+    pretrain = {"val": {"masked_mse": 0.125}, "mean_predictor_loss": 0.5}
+    tuned, scratch = outcome(0.9, 0.4, counts(20)), outcome(0.8, 0.4, counts(40))
+    for val, chosen in ((0.95, "transfer"), (0.85, "finetune"), (0.9, "finetune")):
+        third = outcome(val, 0.4, counts(10)) | {"params": 22_100_000}
+        results = {"pretrain": pretrain, "finetune": tuned, "scratch": scratch, "transfer": third}
+        result = verdict.judge(found(), {**PLAN, "transfer": given}, tmp_path, results, RunOptions())
+        assert result["chosen"] == chosen and result["test"]["transfer"] == 0.975 and result["val"]["transfer"] == val
+        assert result["transfer"]["difference"] == pytest.approx(0.025)
+        # two standard errors: 0.975 and 0.95 of 400, one right and one wrong added
+        noise = 2 * sum(p * (1 - p) / 400 for p in (391 / 402, 381 / 402)) ** 0.5
+        said = result["verdict"]
+        assert f"2.5 points more than the better of those two, no more than chance explains ({100 * noise:.1f})" in said
+        assert "Fine-tuned from hf:name (22.1M parameters, epochs: 5) it is 97.5%" in said
+        assert ("that of hf:name was chosen" in said) is (chosen == "transfer")
+        assert f", {val:.1%} from hf:name)" in said
+
+
 def test_where_validation_accuracies_are_equal_the_smaller_loss_decides(tmp_path):
     for tuned, scratch, chosen in ((0.4, 0.5, "finetune"), (0.5, 0.4, "scratch"), (0.5, 0.5, "finetune")):
         result = judge(outcome(0.75, tuned, counts(40)), outcome(0.75, scratch, counts(50)), tmp_path)
@@ -221,7 +240,10 @@ def test_what_to_do_next_follows_from_the_figures(tmp_path):
     assert "a larger --img-size: images of 200 pixels were scaled to 32x32" in following
     assert "there was time for 6 epochs of fine-tuning alone" in following and "--class-weights balanced" in following
     assert "for testing" not in following
-    long = {"finetune": {**PLAN["finetune"], "epochs": 60}, "class_weights": "balanced"}
+    assert "weights from larger data, if these are photographs: --init hf:" in following
+    grey = said_of(confusion, tmp_path, found(channels=1))[1]
+    assert "larger data" not in grey
+    long = {"finetune": {**PLAN["finetune"], "epochs": 60}, "class_weights": "balanced", "init": "hf:name"}
     following = said_of(confusion, tmp_path, found(), **long)[1]
     assert following == f"To use it: maelab predict {tmp_path}/finetune IMAGE..."
     assert "more images for testing" in said_of([[9, 1, 0], [0, 9, 0], [0, 0, 9]], tmp_path)[1]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from maelab.errors import RunError
 from maelab.files import read_json
 from maelab.foreign.hugging_face import from_hub, read_hugging_face, to_hugging_face
 from maelab.foreign.tensors import MAX_JSON, Foreign, weights_in
 from maelab.foreign.timm import read_timm
+from maelab.runs import saved_elsewhere
 
 __all__ = ["Foreign", "read_foreign", "to_hugging_face"]
 
@@ -25,13 +25,10 @@ def read_foreign(path: str | Path) -> Foreign | None:
         UsageError: if it is a model that maelab's cannot express.
         RunError: if it is damaged, too large, or cannot be fetched.
     """
-    path = from_hub(str(path).removeprefix("hf:")) if str(path).startswith("hf:") else Path(path)
-    if path.is_file() and path.name.endswith((".safetensors", ".pth", ".pt", ".bin", ".pth.tar")):
-        return read_timm(path)
-    try:
-        config = read_json(path / "config.json", MAX_JSON)
-    except RunError:  # for others to name
+    if not saved_elsewhere(path):
         return None
-    if "architecture" in config and "model_type" not in config:
-        return read_timm(weights_in(path), config)
-    return read_hugging_face(path) if "model_type" in config else None
+    path = from_hub(str(path).removeprefix("hf:")) if str(path).startswith("hf:") else Path(path)
+    if path.is_file():
+        return read_timm(path)
+    config = read_json(path / "config.json", MAX_JSON)
+    return read_hugging_face(path) if "model_type" in config else read_timm(weights_in(path), config)

@@ -9,6 +9,7 @@ from maelab.runs.checkpoints import (
     locate,
     read_checkpoint,
     run_of,
+    saved_elsewhere,
     settle,
 )
 from maelab.runs.commands import command
@@ -80,6 +81,7 @@ __all__ = [
     "result_of",
     "run_folders",
     "run_of",
+    "saved_elsewhere",
     "select",
     "settle",
     "sha256",

@@ -34,6 +34,7 @@ PORTABLE = (CONFIG, MODEL)
 NAMES = tuple(f"best/{name}" for name in PORTABLE) + tuple(f"last/{name}" for name in (*PORTABLE, TRAINING))
 _LARGEST = LARGEST | {"in_chans": 2**16, "num_classes": 2**20, "in_features": 2**20, "out_features": 2**20}
 _MAX_PATCHES = 2**20
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")  # of other libraries
 
 Content = bytes | Callable[[Path], object]
 
@@ -211,6 +212,17 @@ class Checkpoint:
 
     config: Path
     model: Path
+
+
+def saved_elsewhere(path: str | Path) -> bool:
+    """Whether another library saved this model, as its name or its config.json tells; no weights are read."""
+    if str(path).startswith("hf:") or (str(path).endswith(_WEIGHTS) and Path(path).is_file()):
+        return True
+    try:
+        config = read_json(Path(path) / CONFIG, LARGEST_CONFIG)
+    except RunError:  # for others to name
+        return False
+    return "model_type" in config or "architecture" in config
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:

@@ -8,6 +8,7 @@ from typing import Any
 
 from maelab import recipes
 from maelab.names import shell_word
+from maelab.runs.checkpoints import saved_elsewhere
 from maelab.runs.ensure import CONFIGS
 
 # What comes with the weights of an encoder. Those of autoencoders have no registers.
@@ -38,6 +39,8 @@ def command(config: Mapping[str, Any], *, init: str | None = None, out: str | No
             base = {**base, "init": config["init"]}
             if init != "none":
                 base |= {field: config[field] for field in ENCODER}
+            if saved_elsewhere(config["init"]):
+                base |= recipes.FOR_FOREIGN
     words += [word for field in base if config[field] != base[field] for word in flag(field, config[field])]
     if "--seed" not in words:
         words += ["--seed", str(config["seed"])]

