@@ -49,6 +49,8 @@ COMMANDS = {
     "reconstruct": Command("maelab.tasks.reconstruct:reconstruct", printing.reconstructed),
     "attention": Command("maelab.tasks.attention:attention", printing.attention),
     "features": Command("maelab.tasks.features:features", printing.features),
+    "similar": Command("maelab.tasks.similar:similar", printing.similar),
+    "odd": Command("maelab.tasks.odd:odd", printing.odd),
     "sweep": Command("maelab.sweep:sweep", printing.swept, first="recipe"),
     "runs": Command("maelab.cli:runs", printing.runs, output=RunsOutput),
     "report": Command("maelab.report:report", printing.report),

@@ -51,7 +51,8 @@ class Option:
         kind, count, _ = self.shape()
         if self.positional:
             return "RUN" if self.name == "init" else self.name.upper()
-        return "--" + self.name.removesuffix("s" if count is None and kind is float else "").replace("_", "-")
+        name = self.name.rstrip("_")  # in_ is a word of Python's without it
+        return "--" + name.removesuffix("s" if count is None and kind is float else "").replace("_", "-")
 
     def shape(self) -> tuple[Any, int | None, bool]:
         """What a word becomes (of several types the first), how many words (None: any), whether None is a value."""

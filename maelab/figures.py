@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from maelab.errors import UsageError
 from maelab.names import short, visible
 from maelab.runs import write_atomically
 
@@ -122,7 +123,8 @@ def overlay(images: Any, heat: Any) -> np.ndarray:
     pictures = []
     for image, values in zip(images, np.asarray(heat), strict=True):
         grey = to_picture(image).mean(axis=2, keepdims=True)  # (H, W, 1)
-        large = np.kron(values / values.max(), np.ones(np.floor_divide(grey.shape[:2], values.shape)))
+        share = values / max(float(values.max()), 1e-12)
+        large = np.kron(share, np.ones(np.floor_divide(grey.shape[:2], values.shape)))
         colours = matplotlib.colormaps["inferno"](large)[:, :, :3]
         pictures.append((0.35 * grey + 0.65 * colours).transpose(2, 0, 1) * 2 - 1)
     return np.stack(pictures)
@@ -281,6 +283,36 @@ def predictions(
             title += f"\nis {short(class_names[truth], NAME)}"
         ax.imshow(to_picture(images[i]), interpolation="nearest")
         ax.set_title(title, fontsize=8, color="black" if guess == truth else "#c44e52")
+    save_figure(figure, file)
+
+
+def png(file: Path | str) -> Path:
+    """The file, if its name is a PNG's.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    if (file := Path(file)).suffix.lower() != ".png":
+        raise UsageError(f"--out {file}: the picture is a PNG; give a name that ends in .png")
+    return file
+
+
+def rows(file: Path, pictures: Sequence[Sequence[tuple[str, Any]]]) -> None:
+    """Rows of images with a title over each.
+
+    Args:
+        file: PNG to write.
+        pictures: rows of (title, image (C, H, W) in [-1, 1], or None for an empty place); they may be of any length.
+    """
+    columns = max(map(len, pictures))
+    figure, axes = panels(len(pictures), columns, figsize=(1.4 * columns, 1.6 * len(pictures)), layout="compressed")
+    for ax in axes.flat:
+        ax.axis("off")
+    for line, row in zip(axes, pictures, strict=True):
+        for ax, (title, image) in zip(line, row, strict=False):
+            if image is not None:
+                ax.imshow(to_picture(image), interpolation="nearest")
+            ax.set_title(short(title, NAME), fontsize=7)
     save_figure(figure, file)
 
 

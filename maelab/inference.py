@@ -207,6 +207,18 @@ def reconstruct_images(
     return masked, rebuilt, error
 
 
+@torch.no_grad()
+def patch_errors(model: MaskedAutoencoderViT, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each patch of images (B, C, H, W) in [-1, 1]: (B, L); see `denormalise`.
+
+    Args:
+        mask: (B, L), 1 = hidden, in every row the same number.
+    """
+    _, pred, _ = model.eval()(images, mask=mask)
+    patches = patchify(images, model.patch_size)
+    return (denormalise(model, pred, patches) - patches).square().mean(dim=-1)
+
+
 def visible_mean_mse(model: MaskedAutoencoderViT, images: torch.Tensor, mask: torch.Tensor) -> float:
     """Error over the hidden pixels of predicting, for each image and channel, the mean of its visible pixels: what can
     be known without training. (The mean predictor of pretraining knows the training images, and is better.)

@@ -124,6 +124,25 @@ probed = template(
 attention = template("attention of {of}, over {images} images", "{out}")
 features = template("{images} images, {dim} features each", "{out}")
 report = template("{report}")
+
+
+@lines
+def similar(result: dict[str, Any]) -> Iterator[str]:
+    for entry in result["found"]:
+        yield visible(f"{entry['path']}: like")
+        for one in entry["similar"]:
+            yield visible(f"  {one['similarity']:.3f}  {one['path']}")
+    yield result["out"]
+
+
+@lines
+def odd(result: dict[str, Any]) -> Iterator[str]:
+    for one in result["ranked"][: result["top"]]:
+        error = f", error {one['error']:.4f}" if "error" in one else ""
+        yield visible(f"{one['score']:6.2f}  {one['path']} (distance {one['distance']:.3f}{error})")
+    yield result["out"]
+
+
 bench = lines(lambda result: [json.dumps(result)])  # people have read the table on stderr
 data = lines(lambda result: (f"{name}: verified, in {place}" for name, place in result["data"].items()))
 

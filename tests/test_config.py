@@ -40,6 +40,8 @@ READERS: dict[str, dict[str, list[str]]] = {
     "reconstruct": {"options": [*ENGINE, "tasks/reconstruct.py", "training/checkpoint.py"]},
     "attention": {"options": [*ENGINE, "tasks/attention.py", "training/checkpoint.py"]},
     "features": {"options": [*ENGINE, "tasks/features.py"]},
+    "similar": {"options": ENGINE},
+    "odd": {"options": ENGINE},
     "demo": {"options": [*ENGINE, "demo/*.py"]},
 }
 HOLDERS = {"config", "cfg", "options", "self", "output"}  # names that a config goes by

@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runs", "data", "weights", "commandline"),
     ("foreign",),
     ("training", "inference", "figures"),
+    ("encoder",),
     ("tasks",),
     ("sweep", "report", "demo", "export", "bench", "pretrained"),
     ("verdict",),

@@ -44,12 +44,10 @@ def attention(
     Raises:
         UsageError, RunError: if the run or an image cannot be read, or the model has no blocks.
     """
-    out, options = Path(out), options or DataOptions()
+    out, options = figures.png(out), options or DataOptions()
     model, spec = load_model(run)
     if not isinstance(model, VisionTransformer) or not len(model.blocks):
         raise UsageError(f"{run} is a {spec.model} without attention; name the run that it judged")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
     shown = images_to_show(model, spec, images, count=count, seed=seed, options=options)
     engine = start_engine(options, "fp32")
     prepare(model.to(engine.device), engine, options)

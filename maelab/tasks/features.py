@@ -12,15 +12,12 @@ import torch
 
 from maelab.config import DataOptions
 from maelab.data import ImageSet
-from maelab.data.images import read_batches
-from maelab.errors import RunError, UsageError
+from maelab.encoder import encoder_of, open_encoder, readable
+from maelab.errors import UsageError
 from maelab.inference import extract_features
-from maelab.model import VisionTransformer
-from maelab.names import encodable, visible
+from maelab.names import encodable
 from maelab.runs import locate, write_atomically
-from maelab.training.checkpoint import choose_part, load_matching_data, load_model
-from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import say
+from maelab.training.checkpoint import choose_part, load_matching_data
 
 
 def features(
@@ -36,8 +33,8 @@ def features(
     """Write features of images for other tools.
 
     They are those of the encoder, unmasked. The file is an .npz of the arrays features, float32 (N, D); path, or index
-    (place in the training or test images of the data set) and label, int64 (N,); class_names. Or a .parquet with these
-    columns, and class_names as JSON in the metadata of its schema.
+    (place in the training or test images of the data set) and label, int64 (N,); class_names; encoder, which tells what
+    they are of. Or a .parquet with these columns, and class_names as JSON and encoder in the metadata of its schema.
 
     Args:
         run: run folder or checkpoint of a classifier or a masked autoencoder.
@@ -63,33 +60,17 @@ def features(
         _pyarrow(out)
     if paths and data is not None:
         raise UsageError("give images or --data, not both")
-    model, spec = load_model(run)
-    if not isinstance(model, VisionTransformer):
-        raise UsageError(f"{run} is a linear probe; name the run that it judged")
-    if pool == "token" and not model.num_prefix_tokens:
-        raise UsageError(f"{run} has no class token; use --pool avg")
-    engine = start_engine(options, "fp32")
-    prepare(model.to(engine.device), engine, options)
+    model, spec, engine = open_encoder(run, pool, options)
 
     def extracted(images: torch.Tensor) -> np.ndarray:
         return extract_features(model, ImageSet(images, None).to(engine.device), pool).cpu().numpy()
 
-    columns: dict[str, np.ndarray] = {}
-    unreadable = 0
+    columns: dict[str, np.ndarray] = {"encoder": np.array(encoder_of(model, pool))}
+    unreadable: list[str] = []
     if paths:
-        parts, read = [np.empty((0, model.embed_dim), np.float32)], []
-        for batch in read_batches(paths, model.img_size, model.in_chans, spec.reading, 256):
-            for path, problem in batch:
-                if isinstance(problem, str):
-                    unreadable += 1
-                    say(visible(f"cannot read {path}: {problem}"))
-            good = [(path, image) for path, image in batch if not isinstance(image, str)]
-            if good:
-                read += [encodable(path) for path, _ in good]
-                parts.append(extracted(torch.stack([image for _, image in good])))
-        if not read:
-            raise RunError("no image could be read")
-        columns |= {"features": np.concatenate(parts), "path": np.array(read)}
+        batches = [(names, extracted(images)) for names, images in readable(paths, model, spec, unreadable)]
+        columns["features"] = np.concatenate([part for _, part in batches])
+        columns["path"] = np.array([encodable(name) for names, _ in batches for name in names])
     else:
         dataset = load_matching_data(spec, data, options.data_dir)
         # The same cut, made on the places of the images instead of the images, says which they are: those for training,
@@ -113,14 +94,14 @@ def features(
         np.savez(buffer, **columns)  # type: ignore[arg-type]
     else:
         pyarrow = _pyarrow(out)
-        names = columns.pop("class_names", np.array([])).tolist()
+        names, encoder = columns.pop("class_names", np.array([])).tolist(), str(columns.pop("encoder"))
         flat = pyarrow.array(columns.pop("features").reshape(-1))
         table = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
         table |= {name: pyarrow.array(column) for name, column in columns.items()}
-        metadata = {"class_names": json.dumps(names)} if names else None
+        metadata = {"encoder": encoder} | ({"class_names": json.dumps(names)} if names else {})
         pyarrow.parquet.write_table(pyarrow.table(table, metadata=metadata), buffer)
     write_atomically(out, buffer.getvalue())
-    return {"run": str(run), "out": str(out), "images": n, "dim": dim, "unreadable": unreadable}
+    return {"run": str(run), "out": str(out), "images": n, "dim": dim, "unreadable": len(unreadable)}
 
 
 def _pyarrow(out: Path) -> Any:
