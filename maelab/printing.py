@@ -138,8 +138,8 @@ def similar(result: dict[str, Any]) -> Iterator[str]:
 @lines
 def odd(result: dict[str, Any]) -> Iterator[str]:
     for one in result["ranked"][: result["top"]]:
-        error = f", error {one['error']:.4f}" if "error" in one else ""
-        yield visible(f"{one['score']:6.2f}  {one['path']} (distance {one['distance']:.3f}{error})")
+        said = ", ".join(f"{name} {one[name]:.2f}" for name in ("distance", "patch", "error") if name in one)
+        yield visible(f"{one['score']:6.2f}  {one['path']} ({said})")
     yield result["out"]
 
 

@@ -106,7 +106,7 @@ def judged(name: str, folder: Path, epochs: int) -> dict[str, Any]:
     ranked = found["ranked"]
     bad = np.array(["/bad/" in one["path"] for one in ranked])
     result: dict[str, Any] = {"set": name, "train": count, "good": int((~bad).sum()), "bad": int(bad.sum())}
-    for key in ("score", "distance", "error"):
+    for key in ("score", "distance", "patch", "error"):
         values = np.array([one[key] for one in ranked])
         result[key] = auroc(values[bad], values[~bad])
     known = [str(path) for path in sorted(train.iterdir())]

@@ -64,6 +64,17 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
     assert data.test.images[:, 0, 0, 0].tolist() == [60, 61, 160, 161]
 
 
+def test_images_without_a_class_count_beside_the_parts_and_within_the_training_part(tmp_path: Path) -> None:
+    classes(tmp_path / "train", "ab", 4)
+    for place, value in (("unlabelled", 10), ("train/unlabelled", 11), ("test/a", 60), ("test/unlabeled", 61)):
+        save(tmp_path / place / "x.png", value)
+    save(tmp_path / "test" / "b" / "x.png", 160)
+    data = load(f"folder:{tmp_path}")
+    assert data.unlabelled is not None and sorted(data.unlabelled.images[:, 0, 0, 0].tolist()) == [10, 11]
+    assert data.test is not None and data.test.images[:, 0, 0, 0].tolist() == [60, 160]
+    assert "LOOK: 1 images without a class in test/ are left out" in scan(f"folder:{tmp_path}").notes
+
+
 def test_images_deeper_in_a_class_folder_count(tmp_path: Path) -> None:
     classes(tmp_path)
     save(tmp_path / "a" / "more" / "x.PNG")

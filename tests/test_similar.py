@@ -19,6 +19,7 @@ from maelab.tasks.odd import NEIGHBOURS, odd
 from maelab.tasks.similar import similar
 from maelab.training.checkpoint import load_model
 
+KINDS = ("patch", "error")
 RUN, CPU, DATA = "maelab:mnist-mae", ComputeOptions(threads=1), DataOptions(threads=1)
 
 
@@ -135,7 +136,7 @@ def test_what_does_not_belong_is_the_oddest(digits, tmp_path):
         scores = [one["score"] for one in found["ranked"]]
         assert scores == sorted(scores, reverse=True) and scores[0] > 2 * scores[1]
     alone = odd("maelab:mnist-classifier", strange, out=tmp_path / "odd.png", options=CPU)  # it has no decoder
-    assert alone["ranked"][0].keys() == {"path", "distance", "score"}
+    assert alone["ranked"][0].keys() == {"path", "distance", "patch", "score"}
     few = tmp_path / "few"
     few.mkdir()
     (few / "noise.png").write_bytes((strange / "noise.png").read_bytes())
@@ -159,8 +160,31 @@ def test_a_distance_is_the_mean_to_five_neighbours_and_a_score_in_deviations(dig
         median = np.sort(x)[(len(x) - 1) // 2]
         return (x - median) / (1.4826 * np.sort(np.abs(x - median))[(len(x) - 1) // 2])
 
-    both = np.stack([deviations([one[key] for one in found]) for key in ("distance", "error")])
-    np.testing.assert_allclose([one["score"] for one in found], both.max(axis=0), rtol=1e-3, atol=1e-3)
+    scores = np.stack([deviations([one["distance"] for one in found]), *([one[k] for one in found] for k in KINDS)])
+    np.testing.assert_allclose([one["score"] for one in found], scores.max(axis=0), rtol=1e-3, atol=1e-3)
+
+
+def test_the_worst_patches_are_far_from_those_of_other_images(digits, tmp_path):
+    """Beside a plain search through all patches of the 40 images, of which there are fewer than are compared."""
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for file in sorted(digits.glob("[0-9]*.png"))[:40]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    found = odd(RUN, folder, masks=1, out=tmp_path / "odd.png", options=CPU)["ranked"]
+    images = {file.name: np.asarray(Image.open(file), np.float64) / 127.5 - 1 for file in sorted(folder.iterdir())}
+    cut = {n: x.reshape(7, 4, 7, 4).transpose(0, 2, 1, 3).reshape(49, 16) for n, x in images.items()}
+    far = {}
+    for name, own in cut.items():
+        others = np.concatenate([patches for other, patches in cut.items() if other != name])
+        far[name] = np.linalg.norm(own[:, None] - others[None], axis=2).min(axis=1)
+    maps = np.stack([far[Path(one["path"]).name] for one in found])
+    low = (len(maps) - 1) // 2
+    centre = np.sort(maps, axis=0)[low]
+    spread = 1.4826 * np.sort(np.abs(maps - centre), axis=0)[low]
+    worst = np.sort((maps - centre) / np.maximum(spread, spread.mean()), axis=1)[:, -3:].mean(axis=1)
+    order = np.argsort(-worst)
+    own = np.argsort([-one["patch"] for one in found])
+    assert order[:5].tolist() == own[:5].tolist()
 
 
 def test_the_error_of_a_patch(mnist_small):

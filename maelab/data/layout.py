@@ -225,6 +225,11 @@ def _list_folders(root: Path) -> Listing:
             continue
         own, said = _list_classes(parts[part], several=part == "train")
         notes += said if part != "train" else ()
+        classless = [path for sub in _sub_folders(parts[part]) if sub.name in _UNLABELLED for path in list_images(sub)]
+        if part == "train":
+            more += [File(path, -1, part) for path in classless]
+        elif classless:
+            notes += (f"LOOK: {len(classless)} images without a class in {parts[part].name}/ are left out",)
         if bool(names) != any(own):
             raise UsageError(
                 f"{parts[part]} has {'no ' if names else ''}classes, but {parts['train']} has{' none' * (not names)}"

@@ -1,5 +1,6 @@
 """Which images of a folder are unlike the others, and where."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ import torch.nn.functional as F
 from maelab import figures
 from maelab.config import ComputeOptions, check_count
 from maelab.data import ImageSet
-from maelab.data.batches import in_batches
+from maelab.data.batches import in_batches, scale
 from maelab.encoder import open_encoder, pictures, readable
 from maelab.errors import UsageError
 from maelab.inference import EVAL_BATCH, extract_features, patch_errors
-from maelab.model import MaskedAutoencoderViT
+from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify
 from maelab.model.masks import hidden_count, hide_first, hiding_order
+from maelab.training.checkpoint import ModelSpec
 
 NEIGHBOURS = 5
 # Half of the patches hidden tell more than the three quarters of training, and the worst patches more than the mean of
 # all, as defects are small (docs/log.md).
 HIDDEN, WORST = 0.5, 16
+KNOWN = 8_000  # patches to compare with
 
 
 def odd(
@@ -36,11 +39,11 @@ def odd(
 ) -> dict[str, Any]:
     """Find the images of a folder that are unlike the others.
 
-    Two things are measured, and the score is the larger of them: how far the image is from its neighbours (the mean
-    cosine distance of its features to those of the 5 nearest), and of an autoencoder, how badly its worst patches (one
-    in sixteen) are rebuilt from the others, half of them being hidden, under several masks. Both are in deviations
-    above what is usual: (value - median) / (1.4826 x median absolute deviation) of the folder itself, or of `like`; of
-    patches, of what is usual at their place. The picture shows where.
+    Up to three things are measured. Distance: the mean cosine distance of the encoder's features to those of the 5
+    nearest other images. Patch: how far the worst patches are, in pixels, from the nearest patch of another image.
+    Error, of an autoencoder: how badly the worst patches are rebuilt from the others, half of them being hidden, under
+    several masks. The worst are one in sixteen. Each is put in deviations above what is usual: (value - median) /
+    (1.4826 x median absolute deviation) of the folder itself, or of `like`. The score is the largest of them.
 
     Args:
         run: run folder or checkpoint of a masked autoencoder, or of a classifier, which gives distances alone.
@@ -53,8 +56,8 @@ def odd(
         options: where to compute.
 
     Returns:
-        {"run", "out", "images", "unreadable", "top", "ranked": [{"path", "score", "distance", "error"}]}, all images,
-        the oddest first.
+        {"run", "out", "images", "unreadable", "top", "ranked": [{"path", "score", "distance", "patch", "error"}]}, all
+        images, the oddest first. Distance is that of the features; the others are in deviations.
 
     Raises:
         UsageError: if the run cannot be read, or there are too few images to compare.
@@ -79,31 +82,43 @@ def odd(
             times += mask[0]
         return total / times.clamp(min=1)
 
-    def measured(paths: Iterable[str | Path]) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
+    known, owners = _known_patches(like or folder, model, spec, seed)
+
+    def distances(path: str, image: torch.Tensor) -> torch.Tensor:
+        """Of each patch of (C, H, W) to the nearest known one of another image: (L,)."""
+        near = torch.cdist(patchify(scale(image[None]), model.patch_size)[0], known)  # (L, patches)
+        near[:, owners.get(path, [])] = math.inf
+        return near.amin(dim=1)
+
+    def measured(paths: Iterable[str | Path], said: list[str]) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
+        """The images' paths, their features (N, D), and maps (N, L) of the distances and, if there are, the errors."""
         names: list[str] = []
-        features, maps = [], []
-        for batch, read in readable(paths, model, spec, unreadable):
-            names += batch
+        features, far, wrong = [], [], []
+        for batch, read in readable(paths, model, spec, said):
             images = ImageSet(read, None).to(engine.device)
             features.append(extract_features(model, images).cpu())
+            far += [distances(path, image)[None] for path, image in zip(batch, read, strict=True)]
             if decoder is not None:
-                maps += [part.cpu() for part in in_batches(errors, images, EVAL_BATCH)]
-        return names, torch.cat(features), torch.cat(maps) if maps else None
+                wrong += [part.cpu() for part in in_batches(errors, images, EVAL_BATCH)]
+            names += batch
+        return names, torch.cat(features), [torch.cat(part) for part in (far, wrong) if part]
 
-    names, features, maps = measured([folder])
-    usual = (features, maps) if like is None else measured([like])[1:]
-    if len(usual[0]) < NEIGHBOURS + 1:
-        raise UsageError(f"{like or folder} has {len(usual[0])} images; {NEIGHBOURS + 1} are the least to compare with")
-    centre = usual[0].mean(dim=0)
-    known, asked = F.normalize(usual[0] - centre), F.normalize(features - centre)
-    distance = _distance(asked, known, itself=like is None)
-    scores = [_above(distance, distance if like is None else _distance(known, known, itself=True))]
-    rows: list[dict[str, Any]] = [{"path": p, "distance": d} for p, d in zip(names, distance.tolist(), strict=True)]
-    if maps is not None and usual[1] is not None:
-        maps, there = _above(maps, usual[1]), _above(usual[1], usual[1])
-        error, expected = (x.topk(max(1, model.num_patches // WORST), dim=1).values.mean(dim=1) for x in (maps, there))
-        scores.append(_above(error, expected))
-        rows = [row | {"error": e} for row, e in zip(rows, error.tolist(), strict=True)]
+    names, features, maps = measured([folder], unreadable)
+    usual, usual_maps = (features, maps) if like is None else measured([like], [])[1:]
+    if len(usual) < NEIGHBOURS + 1:
+        raise UsageError(f"{like or folder} has {len(usual)} images; {NEIGHBOURS + 1} are the least to compare with")
+    centre = usual.mean(dim=0)
+    there, here = F.normalize(usual - centre), F.normalize(features - centre)
+    distance = _distance(here, there, itself=like is None)
+    scores = [_above(distance, distance if like is None else _distance(there, there, itself=True))]
+    columns = {"distance": distance}
+    heat = torch.zeros(len(names), model.num_patches)
+    for name, one, other in zip(("patch", "error"), maps, usual_maps, strict=False):
+        one, other = _above(one, other), _above(other, other)
+        heat = torch.maximum(heat, one)
+        worst, expected = (x.topk(max(1, model.num_patches // WORST), dim=1).values.mean(dim=1) for x in (one, other))
+        columns[name] = _above(worst, expected)
+        scores.append(columns[name])
     score = torch.stack(scores).amax(dim=0)
     order = score.argsort(descending=True, stable=True).tolist()
     read = pictures([names[i] for i in order[:top]], model, spec)
@@ -111,15 +126,32 @@ def odd(
     if shown:
         images = torch.stack([read[names[i]] for i in shown])
         lines = [[(f"{score[i]:.1f} {Path(names[i]).name}", read[names[i]]) for i in shown]]
-        if maps is not None:
-            heat = maps[shown].clamp(min=0).unflatten(1, model.grid_size)
-            lines.append([("", picture) for picture in figures.overlay(images, heat)])
+        lines.append([("", picture) for picture in figures.overlay(images, heat[shown].unflatten(1, model.grid_size))])
         figures.rows(out, lines)
-    ranked = [{**rows[i], "score": float(score[i])} for i in order]
+    columns["score"] = score
+    ranked = [{"path": names[i]} | {name: float(column[i]) for name, column in columns.items()} for i in order]
     return {
         "run": str(run), "out": str(out), "images": len(names), "unreadable": len(unreadable), "top": top,
         "ranked": ranked,
     }  # fmt: skip
+
+
+def _known_patches(
+    folder: Path | str, model: VisionTransformer, spec: ModelSpec, seed: int
+) -> tuple[torch.Tensor, dict[str, list[int]]]:
+    """A seeded choice of the patches of a folder's images, float32 (n, p * p * C), and which of them are whose."""
+    generator = torch.Generator().manual_seed(seed)
+    pool, lots, paths = torch.empty(0, model.patch_size**2 * model.in_chans), torch.empty(0), []
+    for names, images in readable([folder], model, spec, []):
+        pool = torch.cat([pool, patchify(scale(images), model.patch_size).flatten(0, 1)])
+        lots = torch.cat([lots, torch.rand(len(pool) - len(lots), generator=generator)])
+        paths += [name for name in names for _ in range(model.num_patches)]
+        keep = lots.argsort()[:KNOWN]  # the smallest of all so far: each patch has the same chance
+        pool, lots, paths = pool[keep], lots[keep], [paths[k] for k in keep.tolist()]
+    owners: dict[str, list[int]] = {}
+    for k, path in enumerate(paths):
+        owners.setdefault(path, []).append(k)
+    return pool, owners
 
 
 def _distance(asked: torch.Tensor, known: torch.Tensor, itself: bool) -> torch.Tensor:
@@ -130,6 +162,8 @@ def _distance(asked: torch.Tensor, known: torch.Tensor, itself: bool) -> torch.T
 
 
 def _above(values: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
-    """Values (N, ...) as deviations above what is usual (M, ...), robustly: a few odd ones among it change nothing."""
+    """Values (N,) or maps (N, L) as deviations above what is usual (M, ...), robustly: a few odd ones among it change
+    nothing. A place of maps where nothing ever varies, an empty corner say, counts as one of mean spread."""
     median = usual.median(dim=0).values
-    return (values - median) / (1.4826 * (usual - median).abs().median(dim=0).values).clamp(min=1e-9)
+    spread = 1.4826 * (usual - median).abs().median(dim=0).values
+    return (values - median) / spread.clamp(min=max(1e-9, float(spread.mean())))
