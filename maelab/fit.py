@@ -327,7 +327,11 @@ def _plan(
 
 
 def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
-    """The plan with as many epochs of fine-tuning as the time left allows, now that pretraining is over."""
+    """The plan with as many epochs of fine-tuning as the time left allows, now that pretraining is over.
+
+    They are at least half of those that were planned: where the machine became slower meanwhile, a comparison of two
+    models that hardly trained would be worth nothing, and it takes longer instead.
+    """
     measured = plan["measured"]["finetune"]
     left = 60 * (plan["minutes"] - plan.get("spent", 0)) - (time.perf_counter() - begun)
     seconds = _TO_SPEND * (left - 2 * measured["beside_runs_s"]) / 2
@@ -336,6 +340,12 @@ def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
     images, val_images = measured["images"], measured["validation_images"]
     step, beside = measured["step_s"], measured["beside_s"]
     chosen, _ = _fitted(config, images, val_images, step, beside, seconds=max(1.0, seconds))
+    half = plan["finetune"]["epochs"] // 2
+    if half > 0 and (chosen["limit"] or chosen["epochs"] < half):
+        say(
+            f"the machine became slower; {half} epochs of fine-tuning, twice, take longer than asked"
+        )
+        return plan | {"finetune": {**plan["finetune"], "epochs": half}}
     if (chosen["epochs"], chosen["limit"]) != (plan["finetune"]["epochs"], plan["finetune"]["limit"]):
         say(f"{in_words(max(0.0, left))} are left: {chosen['epochs']} epochs of fine-tuning, twice")
     return plan | {"finetune": chosen}

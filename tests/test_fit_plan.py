@@ -164,3 +164,13 @@ def test_each_stage_has_its_own_config_and_only_one_its_weights(planned, tmp_pat
     assert isinstance(tuned, FinetuneConfig) and isinstance(scratch, FinetuneConfig)
     assert tuned.init == str(tmp_path / "pretrain") and scratch == replace(tuned, init="none")
     assert configs["pretrain"].epochs == plan["pretrain"]["epochs"] and tuned.epochs == plan["finetune"]["epochs"]
+
+
+def test_fine_tuning_keeps_half_of_what_was_planned_however_late_it_is(planned, capsys):
+    """A machine that became slower costs time, and not the comparison."""
+    plan = planned(8.0)
+    epochs = plan["finetune"]["epochs"]
+    late = fit._refit(plan, time.perf_counter() - 8 * 60)
+    assert late["finetune"]["epochs"] == epochs // 2 > 1 and late["finetune"]["limit"] is None
+    assert "take longer than asked" in capsys.readouterr().err
+    assert fit._refit(plan, time.perf_counter() - 60)["finetune"]["epochs"] >= epochs
