@@ -286,14 +286,14 @@ def predictions(
     save_figure(figure, file)
 
 
-def png(file: Path | str) -> Path:
-    """The file, if its name is a PNG's.
+def png(name: Path | str, option: str = "--out") -> Path:
+    """The file of this name, which `option` gave, if it is a PNG's.
 
     Raises:
         UsageError: if it is not.
     """
-    if (file := Path(file)).suffix.lower() != ".png":
-        raise UsageError(f"--out {file}: the picture is a PNG; give a name that ends in .png")
+    if (file := Path(name)).suffix.lower() != ".png":
+        raise UsageError(f"{option} {file}: the picture is a PNG; give a name that ends in .png")
     return file
 
 

@@ -342,9 +342,7 @@ def _refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
     chosen, _ = _fitted(config, images, val_images, step, beside, seconds=max(1.0, seconds))
     half = plan["finetune"]["epochs"] // 2
     if half > 0 and (chosen["limit"] or chosen["epochs"] < half):
-        say(
-            f"the machine became slower; {half} epochs of fine-tuning, twice, take longer than asked"
-        )
+        say(f"the machine became slower; {half} epochs of fine-tuning, twice, take longer than asked")
         return plan | {"finetune": {**plan["finetune"], "epochs": half}}
     if (chosen["epochs"], chosen["limit"]) != (plan["finetune"]["epochs"], plan["finetune"]["limit"]):
         say(f"{in_words(max(0.0, left))} are left: {chosen['epochs']} epochs of fine-tuning, twice")

@@ -8,14 +8,14 @@ The file looks for what is salient in photographs; its backbone seems tuned for 
 DINOv2. Nothing of it is kept in this repository.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import onnx
 import torch
 from safetensors.torch import save_file
-from transformers import Dinov2Config
+from transformers import BitImageProcessorPil, Dinov2Config
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:
@@ -34,13 +34,12 @@ def read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def main(file: str, out: str) -> None:
-    Dinov2Config(patch_size=14, image_size=518, hidden_size=384, num_attention_heads=6).save_pretrained(out)
-    config = Path(out) / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["Dinov2Model"]}, indent=1))
-    colours = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    reading = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, **colours}
-    (Path(out) / "preprocessor_config.json").write_text(json.dumps(reading, indent=1))
-    save_file(read(Path(file)), Path(out) / "model.safetensors")
+    config = Dinov2Config(patch_size=14, image_size=518, hidden_size=384, num_attention_heads=6)
+    config.architectures = ["Dinov2Model"]
+    config.save_pretrained(out)
+    colours = BitImageProcessorPil(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    colours.save_pretrained(out)
+    save_file(read(Path(file)), Path(out) / SAFE_WEIGHTS_NAME)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from device import COPIES, DEVICE, aten, device
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maelab import recipes
+from maelab import encoder, recipes
 from maelab.config import ProbeConfig, RunOptions
 from maelab.runs import read_metrics
 from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct
@@ -25,7 +25,7 @@ AUGMENT: dict[str, Any] = {
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for task in (attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct):
+    for task in (attention, encoder, evaluate, finetune, predict, pretrain, probe, reconstruct):
         monkeypatch.setattr(task, "start_engine", lambda *_: Engine(DEVICE, "fp32"))
     with device():
         yield

@@ -101,6 +101,7 @@ def _arguments(names: list[str]) -> dict[str, tuple[Any, ...]]:
         "animation": (groups,),
         "curves": ([row | dict.fromkeys(names[:4], 0.5)],),
         "predictions": (images, [*range(1, len(names)), 0], np.eye(len(names)), names),
+        "rows": ([[(name, images[0]) for name in names], [("", None)]],),
         "confusion": (np.eye(len(names), dtype=int), names),
         "heat_map": ({(name, other): 0.5 for name in names for other in names}, (names[0], names[1]), names[2]),
         "curve": ([Group(name, ()) for name in names], "val", "loss", names[0]),

@@ -208,7 +208,7 @@ def test_features_of_files(work, maelab: Maelab, tmp_path):
     assert ended.json().items() >= {"images": 7, "dim": 16, "unreadable": 1}.items()
     assert ended.err.splitlines() == ["cannot read empty.png: empty"]
     with np.load(tmp_path / "f.npz") as found:  # no pickle in it
-        assert set(found) == {"features", "path"} and list(found["path"]) == [*DIGITS, "photo.jpg"]
+        assert set(found) == {"features", "path", "encoder"} and list(found["path"]) == [*DIGITS, "photo.jpg"]
         features = found["features"]
     model: Any = load_model(work / "mae")[0]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(work / name)))[None] for name in DIGITS])

@@ -62,9 +62,7 @@ def predict(
         )
     check_count("--top", top, 1, 10_000)
     check_count("--batch-size", batch_size, 1, 2**20)
-    gallery = None if gallery is None else Path(gallery)
-    if gallery is not None and gallery.suffix.lower() != ".png":
-        raise UsageError(f"--gallery {gallery}: the picture is a PNG; give a name that ends in .png")
+    gallery = None if gallery is None else figures.png(gallery, "--gallery")
     names = spec.class_names or tuple(map(str, range(model.num_classes)))
     options = options or ComputeOptions()
     engine = start_engine(options)
