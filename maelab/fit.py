@@ -113,7 +113,8 @@ def fit(
         chosen model on test "accuracy", "balanced_accuracy" (mean recall), "recall" of each class, "majority" (the
         commonest class, and the accuracy of always naming it), "guessing" (the accuracy of naming any class alike),
         "uneven" (one class has over twice another's images) and "better_than_guessing" (than the majority; None below
-        30 test images).
+        30 test images); with a third contender its accuracies in "val" and "test", "transfer", and under that name its
+        "params", the "difference" of its test accuracy from the better of the other two, and "standard_error".
 
     Raises:
         UsageError, RunError: see maelab.errors.

@@ -23,7 +23,6 @@ from maelab.training.parallel import prepare, start_engine
 _MISTAKES = 24  # wrong images on the picture
 _FEW_TRAINING = 100  # images of a class, below which more of them are the first thing to try
 _SHRUNK = 2.0  # times as large as the model's images: details are lost
-LARGER = "--init hf:facebook/dinov2-small"
 _FEW_EPOCHS = 20  # of fine-tuning, below which more time is worth a try
 
 
@@ -96,7 +95,7 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
     names, cells = list(test["per_class"]), _cells(test)
     n = int(cells[:, 2].sum())
     a, b = tuned["test"]["accuracy"], scratch["test"]["accuracy"]
-    noise = math.sqrt(_variance(a, n) + _variance(b, n))
+    noise = _noise(a, b, n)
     n_val = plan["measured"]["finetune"]["validation_images"]
     result |= {
         "val": {"images": n_val, "pretrained": tuned["val"]["accuracy"], "scratch": scratch["val"]["accuracy"]},
@@ -112,10 +111,9 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
     if "transfer" in results:
         for part in ("val", "test"):
             result[part]["transfer"] = results["transfer"][part]["accuracy"]
-        best = max(a, b)
-        c = result["test"]["transfer"]
-        noise = math.sqrt(_variance(c, n) + _variance(best, n))
-        result["transfer"] = {"params": results["transfer"]["params"], "difference": c - best, "standard_error": noise}
+        best, given = max(a, b), result["test"]["transfer"]
+        result["transfer"] = {"params": results["transfer"]["params"], "difference": given - best}
+        result["transfer"]["standard_error"] = _noise(given, best, n)
     return result | _beside_guessing(cells, names)
 
 
@@ -151,6 +149,11 @@ def _variance(accuracy: float, n: int) -> float:
     """Of a share of n images; one right and one wrong are added, so that 0 or 1 of few images is not taken as sure."""
     share = (accuracy * n + 1) / (n + 2)
     return share * (1 - share) / n
+
+
+def _noise(a: float, b: float, n: int) -> float:
+    """Standard error of the difference of two shares of n images."""
+    return math.sqrt(_variance(a, n) + _variance(b, n))
 
 
 def _confused(cells: torch.Tensor, names: list[str]) -> list[dict[str, Any]]:
@@ -229,6 +232,7 @@ def _usefulness(result: dict[str, Any]) -> str:
 def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
     """What is worth a try, the likeliest first, and the command that uses the model."""
     tries = []
+    epochs = plan["transfer" if result["chosen"] == "transfer" else "finetune"]["epochs"]
     recall = {name: share for name, share in result["recall"].items() if name in found.classes}
     if recall and min(recall.values()) < 1:
         worst = min(recall, key=lambda name: (recall[name], found.classes[name]))
@@ -238,13 +242,13 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
         tries.append("more images for testing, without which small differences cannot be seen")
     if any(plan[stage]["limit"] for stage in plan["measured"]):
         tries.append("more --minutes: there was no time to see every image even once")
-    elif plan["finetune"]["epochs"] < _FEW_EPOCHS:
-        tries.append(f"more --minutes: there was time for {plan['finetune']['epochs']} epochs of fine-tuning alone")
+    elif epochs < _FEW_EPOCHS:
+        tries.append(f"more --minutes: there was time for {epochs} epochs of fine-tuning alone")
     height, width = plan["finetune"]["img_size"]
     if found.side >= _SHRUNK * min(height, width):
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
     if found.channels == 3 and plan.get("init", "none") == "none":
-        tries.append(f"weights from larger data, if these are photographs: {LARGER}")
+        tries.append("weights from larger data, if these are photographs: --init hf:facebook/dinov2-small")
     trained = found.classes.values()
     if max(trained) >= UNEVEN * min(trained) and plan.get("class_weights", "none") == "none":
         tries.append("--class-weights balanced")

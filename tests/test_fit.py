@@ -279,6 +279,9 @@ def test_without_classes_a_fit_pretrains_and_says_what_next(photos, maelab: Mael
     assert not (out / "scratch").exists()
     hardware = json.loads((out / "pretrain" / "env.json").read_text())["hardware"]
     assert "fused attention" in hardware and "native" not in hardware, "the options reach the runs"
+    line = ("fit", photos / "unlabelled" / "deeper", "--init", "maelab:mnist-classifier", "--minutes", 0.02, *ONE)
+    refused = maelab.run(*line, "--out", "other", cwd=tmp_path).error()
+    assert refused.endswith("is no autoencoder, and without classes there is nothing else to do with it")
 
 
 @pytest.mark.parametrize(

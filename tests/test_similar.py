@@ -109,6 +109,13 @@ def test_what_is_no_index_is_refused(content, digits, tmp_path):
         similar(RUN, [digits / "07.png"], in_=file, out=tmp_path / "s.png", options=CPU)
 
 
+def test_a_compressed_index_is_not_blown_up(digits, tmp_path):
+    rows = np.zeros((1_000, 192), np.float32)
+    np.savez_compressed(tmp_path / "f.npz", features=rows, path=np.array(["a"] * 1_000), encoder=np.array("x"))
+    with pytest.raises(RunError, match="it is compressed, and might be of any size"):
+        similar(RUN, [digits / "07.png"], in_=tmp_path / "f.npz", out=tmp_path / "s.png", options=CPU)
+
+
 def test_the_commands(digits, maelab: Maelab, tmp_path):
     said = maelab.run("similar", RUN, digits / "07.png", "--in", digits, "--top", 2, "--threads", 1, cwd=tmp_path)
     lines = said.out.splitlines()

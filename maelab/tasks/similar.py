@@ -85,6 +85,9 @@ def similar(
 def _index(file: Path, model: VisionTransformer, pool: str) -> tuple[list[str], torch.Tensor]:
     """Paths and features (N, D) that `maelab features` wrote."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, and might be of any size")
         with np.load(file, allow_pickle=False) as kept:
             names, values, encoder = kept["path"].tolist(), kept["features"], str(kept["encoder"])
         features = torch.from_numpy(values.astype(np.float32))
@@ -92,7 +95,7 @@ def _index(file: Path, model: VisionTransformer, pool: str) -> tuple[list[str], 
             raise ValueError("paths and features do not go together")
     except FileNotFoundError:
         raise UsageError(f"--in {file}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, zipfile.BadZipFile) as error:
         why = f"holds no features of image files ({error}); maelab features writes them"
         raise RunError(f"--in {file} {why}") from error
     if encoder != encoder_of(model, pool):
