@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maelab import encoder, recipes
 from maelab.config import ProbeConfig, RunOptions
 from maelab.runs import read_metrics
-from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct
+from maelab.tasks import (
+    attention,
+    evaluate,
+    features,
+    finetune,
+    odd,
+    predict,
+    pretrain,
+    probe,
+    reconstruct,
+    similar,
+)
 from maelab.training.parallel import Engine
 
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
@@ -145,6 +156,8 @@ def test_every_task_runs_there(strict: None, digits_folder: Path, tmp_path: Path
     assert features.features(run, [image], out=tmp_path / "features.npz", options=nowhere)["images"] == 1
     assert features.features(run, out=tmp_path / "features.npz", options=nowhere)["images"] > 1
     for model in (run, tmp_path / "tuned"):
+        assert similar.similar(model, [image], in_=digits_folder, out=out, options=nowhere)["images"] > 1
+        assert odd.odd(model, digits_folder, masks=2, out=out, options=nowhere)["images"] > 1
         assert attention.attention(model, [image], out=out, options=nowhere)["images"] == 1
     for kind in ("random", "block", "grid"):
         assert reconstruct.reconstruct(run, [image], mask_kind=kind, out=out, options=nowhere)["images"] == 1
