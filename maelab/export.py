@@ -23,6 +23,7 @@ from maelab.data.batches import scale
 from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.foreign import to_hugging_face
+from maelab.inference import attention_maps, attention_rollout, attention_to_patches
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import LAYER_NORM_EPS, Block
 from maelab.names import encodable
@@ -42,7 +43,7 @@ def export(
     *,
     format: Literal["onnx", "timm", "hf", "safetensors"] = "onnx",
     out: Path | str | None = None,
-    part: Literal["encoder", "autoencoder"] = "encoder",
+    part: Literal["encoder", "autoencoder", "attention"] = "encoder",
     int8: bool = False,
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def export(
         out: what to write, a new file or folder; None is named after the run, here.
         part: of an autoencoder, for onnx: its encoder, or all of it, which also takes int64 ids_keep (N, kept), the
             patches to see, and ids_restore (N, L), the place of each patch among those kept and then those hidden, and
-            gives "pred" (N, L, p * p * C): of each patch the pixels row by row, channels last.
+            gives "pred" (N, L, p * p * C): of each patch the pixels row by row, channels last. Of a classifier, for
+            onnx: attention adds where it looks, "attention" (N, rows, columns) of patches, by attention rollout.
         int8: onnx: matrices in 8 bits, and what that costs on the run's validation images (else test images), where the
             data are at hand.
         data_dir: folder that holds the data set's files already.
@@ -80,15 +82,17 @@ def export(
         raise UsageError(f"--out {out} exists; remove it or choose another name")
     if out.suffix != ENDINGS[format] and ENDINGS[format]:
         raise UsageError(f"--out {out}: the format is a file; give a name that ends in {ENDINGS[format]}")
-    if (int8 or part == "autoencoder") and format != "onnx":
-        raise UsageError(f"--{'int8' if int8 else 'part autoencoder'} goes with --format onnx, not {format}")
-    if int8 and part == "autoencoder":
+    if (int8 or part != "encoder") and format != "onnx":
+        raise UsageError(f"--{'int8' if int8 else f'part {part}'} goes with --format onnx, not {format}")
+    if int8 and part != "encoder":
         raise UsageError("--int8 goes with --part encoder")
     model, spec = load_model(run)
     if part == "autoencoder" and not isinstance(model, MaskedAutoencoderViT):
         raise UsageError(f"{run} is no autoencoder, which --part autoencoder asks for")
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{run} is a linear probe; export the run that it judged")
+    if part == "attention" and not (model.num_classes and len(model.blocks)):
+        raise UsageError(f"{run} is no classifier with attention, which --part attention asks for")
     result: dict[str, Any] = {"run": str(run), "format": format, "out": str(out)}
     if format == "safetensors":
         save_model(out, spec, model.state_dict())
@@ -99,8 +103,16 @@ def export(
     elif format == "hf":
         _to_folder(model, spec, out)
     else:
-        with _quiet():
-            result |= {"opset": OPSET, **_to_onnx(model, spec, out, part, int8, Path(run), data_dir)}
+        content, difference = to_onnx(model, spec, part)
+        result |= {"opset": OPSET, "max_difference": difference}
+        if int8:
+            exact, content = content, _in_8_bits(content)
+            try:
+                at_hand = _images_at_hand(spec, Path(run), data_dir)
+                result["int8"] = _cost_of_int8(exact, content, *at_hand, model.num_classes)
+            except MaelabError as error:
+                result["int8"] = {"not_measured": str(error)}
+        write_atomically(out, content)
     return result
 
 
@@ -263,6 +275,18 @@ class _Autoencoder(nn.Module):
         return self.model.forward_decoder(latent, ids_restore)
 
 
+class _Looking(nn.Module):
+    """A classifier that also says where it looks."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rolled = attention_rollout(attention_maps(self.model, images))
+        return self.model(images), attention_to_patches(self.model, rolled)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter and the quantiser say about themselves."""
@@ -275,78 +299,82 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _to_onnx(
-    model: VisionTransformer, spec: ModelSpec, out: Path, part: str, int8: bool, run: Path, data_dir: Path | None
-) -> dict[str, Any]:
-    """Write the file, after it has been seen to compute the same as the model."""
+def to_onnx(model: VisionTransformer, spec: ModelSpec, part: str) -> tuple[bytes, float]:
+    """The content of an ONNX file that has been seen to compute the same as the model, and the largest difference
+    between the two. For `part` see `export`.
+
+    Raises:
+        UsageError: if a package is missing.
+        RunError: if the result differs from the model.
+    """
     try:
         import onnx
+        import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
-        from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise UsageError(f"--format onnx needs the package {error.name}: pip install 'maelab[export]'") from None
+        raise UsageError(f"ONNX needs the package {error.name}: pip install 'maelab[export]'") from None
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, model.in_chans, *model.img_size, generator=generator) * 2 - 1
     batch = {0: torch.export.Dim("batch")}
     inputs, dynamic = {"images": images}, (batch,)
+    about: dict[str, Any] = {"class_names": spec.class_names, "preprocessing": _preprocessing(model, spec)}
+    about["maelab"] = maelab.__version__
     if part == "autoencoder":
         assert isinstance(model, MaskedAutoencoderViT)
-        network, name = _Autoencoder(model), "pred"
+        network, names = _Autoencoder(model), ["pred"]
         shuffled = torch.rand(5, model.num_patches, generator=generator).argsort(dim=1)
         kept = (model.num_patches + 1) // 2
         inputs |= {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
         dynamic = (batch, batch | {1: torch.export.Dim("kept", min=1, max=model.num_patches)}, batch)
+        about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
+    elif part == "attention":
+        network, names = _Looking(model), ["logits", "attention"]
+    elif model.num_classes:
+        network, names = model, ["logits"]
     else:
-        network = model if model.num_classes else _Features(model)
-        name = "logits" if model.num_classes else "features"
-    with torch.no_grad():
+        network, names = _Features(model), ["features"]
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network, tuple(value[:2] for value in inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=dynamic, input_names=list(inputs), output_names=[name],
+            dynamic_shapes=dynamic, input_names=list(inputs), output_names=names,
         )  # fmt: skip
-        expected = network(*inputs.values()).numpy()
+        expected = network(*inputs.values())
     assert program is not None
-    about = {
-        "class_names": spec.class_names,
-        "preprocessing": _preprocessing(model, spec),
-        "maelab": maelab.__version__,
-    }
-    if isinstance(model, MaskedAutoencoderViT) and part == "autoencoder":
-        about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
     proto = program.model_proto  # made anew at each look
     for node in proto.graph.node:
         if node.op_type == "Reshape":  # its one attribute is allowzero: no size is ever 0, and onnx2torch knows it not
             node.ClearField("attribute")
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
     content = proto.SerializeToString()
-    tried = ({name: value[:n] for name, value in inputs.items()} for n in (1, 5))
-    difference = max(float(np.abs(_run(content, some) - expected[: len(some["images"])]).max()) for some in tried)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for n in (1, 5):
+        found = session.run(None, {name: value[:n].numpy() for name, value in inputs.items()})
+        for ours, theirs in zip(expected if len(names) > 1 else [expected], found, strict=True):
+            difference = max(difference, float(np.abs(np.asarray(theirs) - ours[:n].numpy()).max()))
     if not difference <= TOLERANCE:
         raise RunError(f"the ONNX model differs from the original by {difference:.1e}; nothing was written")
-    result: dict[str, Any] = {"max_difference": difference}
-    if int8:
-        with tempfile.TemporaryDirectory() as folder:
-            files = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
-            files[0].write_bytes(content)
-            # Signed weights overflow sums of 16 bits on processors without VNNI; unsigned ones do not.
-            quantize_dynamic(*files, weight_type=QuantType.QUInt8)
-            exact, content = content, files[1].read_bytes()
-        try:
-            result["int8"] = _cost_of_int8(exact, content, *_images_at_hand(spec, run, data_dir), model.num_classes)
-        except MaelabError as error:
-            result["int8"] = {"not_measured": str(error)}
-    write_atomically(out, content)
-    return result
+    return content, difference
 
 
-def _run(content: bytes, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """The output of an ONNX model for images (N, C, H, W) and what else it takes, in batches."""
+def _in_8_bits(content: bytes) -> bytes:
+    """An ONNX model with its matrices in 8 bits."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        files = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        files[0].write_bytes(content)
+        # Signed weights overflow sums of 16 bits on processors without VNNI; unsigned ones do not.
+        quantize_dynamic(*files, weight_type=QuantType.QUInt8)
+        return files[1].read_bytes()
+
+
+def _run(content: bytes, images: torch.Tensor) -> np.ndarray:
+    """The output of an ONNX model for images (N, C, H, W), in batches."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    batches = zip(*(value.split(256) for value in inputs.values()), strict=True)
-    feeds = ({name: value.numpy() for name, value in zip(inputs, batch, strict=True)} for batch in batches)
-    return np.concatenate([np.asarray(session.run(None, feed)[0]) for feed in feeds])
+    return np.concatenate([np.asarray(session.run(None, {"images": x.numpy()})[0]) for x in images.split(256)])
 
 
 def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[ImageSet, str]:
@@ -372,7 +400,7 @@ def _cost_of_int8(exact: bytes, quantised: bytes, data: ImageSet, split: str, cl
         images with the same answer), for an encoder "relative_error": RMS difference of features over their RMS.
     """
     images = scale(data.images[:])
-    before, after = _run(exact, {"images": images}), _run(quantised, {"images": images})
+    before, after = _run(exact, images), _run(quantised, images)
     result: dict[str, Any] = {"images": len(images), "split": split}
     if not classes or data.labels is None:
         error = float(np.sqrt(np.square(after - before).mean() / np.square(before).mean()))

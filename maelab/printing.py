@@ -223,9 +223,15 @@ def swept(result: dict[str, Any], given: Given, output: Output) -> None:
         raise RunError("some cells failed; the same command tries them again")
 
 
+def page(result: dict[str, Any], given: Given, output: Output) -> None:
+    models = ", ".join(f"{model['name']} ({model['bytes'] / 1e6:.1f} MB)" for model in result["models"])
+    lines = f"{result['bytes'] / 1e6:.1f} MB: {models}", f"open {result['open']}, or put {result['out']} on any host"
+    emit(output, result, *lines)
+
+
 def demo(result: Iterable[str], given: Given, output: Output) -> None:
-    for url in result:  # one, and then it serves
-        emit(output, {"url": url}, f"{url} (Ctrl-C ends it)")
+    for url in result:  # one, and then the folder stays
+        emit(output, {"url": url}, f"{url} (Ctrl-C removes it; maelab page writes one that stays)")
         sys.stdout.flush()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from processes import Maelab, draw_nothing
 
 from maelab.data.datasets import cifar_set, idx_set
 from maelab.data.sets import Dataset, ImageSet
+from maelab.data.sources import cache_dir, obtain_package
+from maelab.errors import RunError
+from maelab.page import RUNTIME, RUNTIME_SHA256
 
 DATA = Path(__file__).parent / "data"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -107,3 +111,13 @@ def maelab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maelab]:
     server = Maelab(tmp_path_factory.mktemp("home") / "home")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def runtime(maelab: Maelab) -> None:
+    """onnxruntime-web in the real cache and in that of `maelab`, for pages."""
+    try:
+        obtain_package(RUNTIME, RUNTIME_SHA256)
+    except RunError as error:
+        pytest.skip(str(error))
+    shutil.copytree(cache_dir() / "npm", maelab.home / "cache" / "npm")

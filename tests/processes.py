@@ -63,6 +63,7 @@ class Maelab:
     """The command `maelab`, in a folder of its own and with the cache and home given."""
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         self._files, self._started = home / "output", 0
         self._running: set[int] = set()
         self._files.mkdir(parents=True)

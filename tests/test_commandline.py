@@ -58,7 +58,7 @@ def test_each_argument_is_explained_once_and_in_the_help(command):
         ("probe mae --neighbours 5", "config", {"init": "mae", "neighbours": 5}),
         ("sweep mnist --grid a=1,2 --grid b=3", "", {"grid": ("a=1,2", "b=3"), "finetune_epochs": 3}),
         ("runs --filter a=1 --filter b<2 there", "", {"filter": ("a=1", "b<2"), "dir": Path("there")}),
-        ("demo one two --images a --images b", "", {"runs": ("one", "two"), "images": ("a", "b"), "port": 7860}),
+        ("page one two --images a --images b", "", {"runs": ("one", "two"), "images": ("a", "b"), "data_dir": None}),
         ("evaluate mae --json", "output", {"json": True}),
     ],
 )

@@ -42,7 +42,6 @@ READERS: dict[str, dict[str, list[str]]] = {
     "features": {"options": [*ENGINE, "tasks/features.py"]},
     "similar": {"options": ENGINE},
     "odd": {"options": ENGINE},
-    "demo": {"options": [*ENGINE, "demo/*.py"]},
 }
 HOLDERS = {"config", "cfg", "options", "self", "output"}  # names that a config goes by
 

@@ -10,18 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-import torch
 from imagecodecs import png_encode
 from PIL import Image
 
 from maelab import recipes
-from maelab.config import AS_IT_IS, ComputeOptions, Reading, RunOptions
+from maelab.config import AS_IT_IS, Reading, RunOptions
 from maelab.data import ImageSet, load
 from maelab.data.decode import decode, read_header
 from maelab.data.folder import scan
 from maelab.data.images import read_all
 from maelab.data.splits import content_key
-from maelab.demo import logic
 from maelab.errors import RunError, UsageError
 from maelab.export import export
 from maelab.inference import extract_features
@@ -332,20 +330,6 @@ def test_the_example_server_prepares_images_as_the_model_does(trained: tuple[Pat
     ours = [*predict(run, files)]
     assert [row[1] for row in rows] == [entry["label"] for entry in ours]
     assert [float(row[2]) for row in rows] == pytest.approx([entry["probability"] for entry in ours], abs=0.02)
-
-
-def test_the_demo_prepares_an_upload_as_the_model_does(trained: tuple[Path, Path, int]) -> None:
-    root, run, channels = trained
-    if channels == 4:
-        with pytest.raises(UsageError, match="4 channels"):
-            logic.load_models([str(run)], ComputeOptions())
-        return
-    (chosen,) = logic.load_models([str(run)], ComputeOptions())
-    file = sorted(root.rglob("*.npy"))[0]
-    image = logic.read_upload(file.read_bytes(), chosen.spec.reading.value_range)
-    assert torch.equal(logic.fit(chosen, image).cpu(), read_all([file], SIZE, 1, chosen.spec.reading))
-    with pytest.raises(UsageError, match="8 bits"):
-        logic.read_upload(file.read_bytes(), None)
 
 
 @pytest.mark.parametrize(

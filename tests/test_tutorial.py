@@ -3,9 +3,6 @@
 import re
 import shlex
 import shutil
-import signal
-import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,7 @@ def lines(page: str = PAGE) -> list[str]:
     return [line.removeprefix("maelab ") for block in blocks for line in block.splitlines()]
 
 
-def test_every_command_of_the_tutorial_works(cifar_folder, maelab: Maelab, tmp_path):
+def test_every_command_of_the_tutorial_works(cifar_folder, maelab: Maelab, runtime, tmp_path):
     for name in ("cat", "ship"):
         shutil.copytree(cifar_folder / name, tmp_path / "photos" / name)
     shutil.copytree(cifar_folder / "dog", tmp_path / "photos" / "unlabelled")
@@ -32,10 +29,6 @@ def test_every_command_of_the_tutorial_works(cifar_folder, maelab: Maelab, tmp_p
     assert len(asked) > 8 and asked[0].startswith("fit ")
     for line in asked:
         words = shlex.split(line)
-        if words[0] == "demo":
-            if find_spec("gradio"):
-                _open_and_end(words, maelab, tmp_path)
-            continue
         if words[0] in QUICKER:
             flag, value = QUICKER[words[0]]
             words[words.index(flag) + 1] = value
@@ -85,16 +78,6 @@ def test_the_page_on_bands_holds(maelab: Maelab, tmp_path):
     assert (
         "become 0 to 255 by one range of all images, which the model keeps: 1" in first and "cannot read" not in second
     )
-
-
-def _open_and_end(words: list[str], maelab: Maelab, folder: Path) -> None:
-    """The page answers; Ctrl-C ends the server."""
-    server = maelab.start(*words, "--port", 0, "--threads", 1, cwd=folder)
-    server.wait_for(server.out)
-    with urllib.request.urlopen(server.out.read_text().split()[0], timeout=200) as answer:
-        assert answer.status == 200 and b"maelab" in answer.read()
-    server.signal(signal.SIGINT)
-    assert server.wait().status == 0
 
 
 @pytest.mark.parametrize("picture", re.findall(r"\]\(([^)]+\.(?:png|py))\)", PAGE))

