@@ -24,15 +24,32 @@ class Muon(torch.optim.Muon):
     On a CPU its step runs in the native kernels, if `kernels` and they can: every matrix float32, its sides multiples
     of 32, and the defaults of Nesterov momentum and of the learning rate's adjustment. Elsewhere matrices of one shape
     are orthogonalised together, in float32 on CPUs whose products in bfloat16 are slower; a rate may be a tensor.
+
+    Of several processes each moves its share of the matrices alone, and they exchange what they moved.
     """
 
-    def __init__(self, params, *, kernels: bool = True, **settings) -> None:
+    def __init__(self, params, *, kernels: bool = True, share: tuple[int, int] = (0, 1), **settings) -> None:
+        """`share`: the number of this process, and how many there are."""
         super().__init__(params, **settings)
         self.kernels = kernels
+        self.shares: list[list[torch.Tensor]] = [[] for _ in range(share[1])]  # of each process: its matrices
+        work = [0] * share[1]
+        for p in sorted((p for group in self.param_groups for p in group["params"]), key=lambda p: -p.numel()):
+            least = work.index(min(work))
+            self.shares[least].append(p)
+            work[least] += p.numel() * min(p.shape)  # of the products, but for a factor
+        self._mine = {id(p) for p in self.shares[share[0]]}
+
+    def momenta(self) -> list[list[torch.Tensor]]:
+        """Of each process: the momentum of its matrices."""
+        return [[self._momentum(p) for p in share] for share in self.shares]
 
     @torch.no_grad()
     def step(self, closure=None):
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        groups = [
+            (group, [p for p in group["params"] if p.grad is not None and id(p) in self._mine])
+            for group in self.param_groups
+        ]
         matrices = [p for _, parameters in groups for p in parameters]
         first = self.param_groups[0]
         usual = closure is None and all(group["adjust_lr_fn"] in (None, "original") for group, _ in groups)

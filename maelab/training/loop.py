@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
+from maelab import native
 from maelab.config import BlocksConfig, LoopConfig
 from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
@@ -142,7 +143,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 
     wide = torch.float64 if knows_float64(engine.device) else torch.float32  # of sums
     task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
-    optimizers = build_optimizers(task.model, config, task.layer_decay)
+    optimizers = build_optimizers(task.model, config, task.layer_decay, (engine.global_rank, engine.world_size))
     average = copy.deepcopy(task.model).requires_grad_(False) if config.ema_decay else None
     move_average = get_ema_multi_avg_fn(config.ema_decay)
     judged = task.model if average is None else average
@@ -160,6 +161,11 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                 average.load_state_dict(saved["average"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(resumed_from, error) from error
+    if engine.broadcast(position["step"]) != position["step"] or not folder.is_dir():
+        raise RunError(
+            f"process {engine.global_rank} does not see {folder} as process 0 does: --out must lie on storage that all"
+            " machines share"
+        )
     capture = engine.captures and config.accumulate == 1
     keep_learning_rate(optimizers, engine.device if capture else None)
     model = engine.joined(task.model)
@@ -176,6 +182,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+            if isinstance(optimizer, native.Muon):
+                engine.exchange(optimizer.shares)
         if average is not None:  # moves exponentially (Polyak and Juditsky 1992)
             move_average(list(average.parameters()), list(task.model.parameters()), 1)
 
@@ -191,6 +199,9 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         position["rows"] = log.rows
         if engine.world_size > 1:  # the file keeps one process's sums, so let them be everyone's
             position["sums"] = {name: engine.mean(value) for name, value in position["sums"].items()}
+            for optimizer in optimizers:
+                if isinstance(optimizer, native.Muon):
+                    engine.exchange(optimizer.momenta())
         if engine.is_global_zero:
             weights = portable(task.spec, judged.state_dict())
             state = {"position": position, "model": task.model.state_dict()}

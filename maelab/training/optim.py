@@ -24,11 +24,13 @@ def layer_index(name: str, depth: int) -> int:
     return int(block.group(1)) + 1 if block else depth + 1
 
 
-def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 1.0) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: LoopConfig, layer_decay: float = 1.0, share: tuple[int, int] = (0, 1)
+) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks (Jordan et al. 2024) with AdamW for the rest.
 
     Weight decay spares norms, biases and what `model.no_weight_decay()` names. Each group carries `base_lr`, its rate
-    at the top of the schedule, already multiplied by layer_decay ** (layers below the head).
+    at the top of the schedule, already multiplied by layer_decay ** (layers below the head). For `share` see Muon.
     """
     depth = len(getattr(model, "blocks", ()))
     muon_lr = config.muon_lr if isinstance(config, BlocksConfig) and config.optimizer == "muon" else None
@@ -50,7 +52,7 @@ def build_optimizers(model: nn.Module, config: LoopConfig, layer_decay: float = 
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         fast = any(getattr(module, "fast", None) is not None for module in model.modules())
-        optimizers.append(native.Muon(muon, momentum=MUON_MOMENTUM, kernels=fast))  # as the blocks want them
+        optimizers.append(native.Muon(muon, momentum=MUON_MOMENTUM, kernels=fast, share=share))  # as the blocks want
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(BETA1, config.beta2), fused=True))
     return optimizers

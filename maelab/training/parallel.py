@@ -80,6 +80,17 @@ class Engine:
             values /= self.world_size
         return values
 
+    def exchange(self, shares: list[list[torch.Tensor]]) -> None:
+        """Give every process the tensors of each: the first list holds those of process 0, and so on."""
+        for src, tensors in enumerate(shares if self.world_size > 1 else []):
+            if tensors:
+                flat = torch.cat([t.detach().flatten() for t in tensors])
+                torch.distributed.broadcast(flat, src)
+                if src != self.global_rank:
+                    with torch.no_grad():
+                        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                            t.copy_(part.view_as(t))
+
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """What process `src` gave, anything that can be pickled, in every process."""
         if self.world_size == 1:
@@ -192,13 +203,19 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
 def _meet(device: torch.device, world_size: int) -> None:
     """Join the processes that `maelab.training.ranks` or torchrun started; it has been done if a run went before."""
     if not torch.distributed.is_initialized():
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         if "RANK" not in os.environ:
             raise UsageError(f"{world_size} processes were asked for, and nobody started them")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, _, _ = next(rendezvous(os.environ.get(MEETING, "env://"), rank, size, timeout=_PATIENCE))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may still know processes that died
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=os.environ.get(MEETING, "env://"),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=size,
             timeout=_PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )

@@ -9,8 +9,11 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
+import struct
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +29,7 @@ from maelab.errors import RunError, UsageError
 from maelab.training.parallel import MEETING, leave
 from maelab.training.runlog import part_of, whole
 
+_LOST = re.compile("Connection (closed|reset) by|Broken pipe|(?i:socket timeout|remote process exited|ncclRemoteError)")
 GRACE = 5.0  # seconds that the others have to put away their work, once one process has failed
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +45,15 @@ def in_processes(task: Callable[P, R]) -> Callable[P, R]:
     def run(*arguments: P.args, **named: P.kwargs) -> R:
         options: Any = named.get("options") or RunOptions()
         if options.devices * options.num_nodes == 1 or "RANK" in os.environ:  # one of several, of ours or of torchrun's
-            return task(*arguments, **named)
+            try:
+                return task(*arguments, **named)
+            except RuntimeError as error:
+                if not _LOST.search(str(error)):
+                    raise
+                raise RunError(
+                    "lost another process of the run; its own words, or those of its machine, tell why."
+                    " The same command goes on from the last checkpoint"
+                ) from error
         return launch(run, options, *arguments, **named)
 
     return run
@@ -193,15 +205,35 @@ def _environment(options: RunOptions, local_rank: int, folder: Path) -> dict[str
             meeting |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback[0])}
     else:
         try:
-            meeting = {MEETING: f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"}
-            node = int(os.environ["NODE_RANK"])
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            node = int(os.environ.get("NODE_RANK") or os.environ["SLURM_NODEID"])
         except (KeyError, ValueError):
             raise UsageError(
                 f"--num-nodes {options.num_nodes}: start the same command on each machine, with MASTER_ADDR,"
-                " MASTER_PORT and NODE_RANK (from 0) in the environment"
+                " MASTER_PORT and, but under Slurm, NODE_RANK (from 0) in the environment"
             ) from None
+        meeting = {MEETING: f"tcp://{address}:{port}"}
+        if interface := _interface_to(address, port):
+            meeting |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interface)}
     rank, size = node * options.devices + local_rank, options.devices * options.num_nodes
     return meeting | {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}
+
+
+def _interface_to(address: str, port: int) -> str | None:
+    """The network interface on which another machine is reached. Without it, gloo listens where the machine's own name
+    leads, which often is the loopback."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))  # sends nothing
+        ours = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))[20:24] == ours:  # SIOCGIFADDR
+                    return name
+    return None
 
 
 @contextmanager
