@@ -1,7 +1,7 @@
-"""Every experiment behind the figures that the README shows: `make results`, or `make results PART=quickstart`.
+"""Every experiment behind the figures of docs/results.md: `make results`, or `make results PART=quickstart`.
 
 Full run folders lie in runs/results; a part that is stopped goes on where it was. What is small of them is kept in
-results/runs.jsonl, and the README's tables and the page, results/build/report.html, are made from that alone.
+results/runs.jsonl, and their tables and the page, results/build/report.html, are made from that alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from maelab.report import report
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "results"
 TABLE, PICTURES, BUILD = HERE / "runs.jsonl", HERE / "pictures", HERE / "build"
-README = HERE.parent / "README.md"
+README, RESULTS = HERE.parent / "README.md", HERE.parent / "docs" / "results.md"
 SEEDS = (0, 1, 2)
 LONG_SEEDS = (0, 1)  # of runs that take over half an hour where there is no AMX
 # What others have published (sources: maelab/report/published.py): theirs, our figure and how; the same fine-tuning
@@ -82,7 +83,7 @@ BESIDE = {
         "-",
     ),
 }
-ROWS = {  # of the README's table of runs: what it says, then which autoencoders and which classifiers
+ROWS = {  # of the table of runs: what it says, then which autoencoders and which classifiers
     "MNIST, 6 epochs + 6, bfloat16: recipe `mnist` as it comes": ("bf16-s?-p", "bf16-s?-f"),
     "the same in float32": ("fp32-s?-p", "fp32-s?-f"),
     "MNIST, an autoencoder of 60 epochs, 2.9M parameters": ("mae-mnist-long", ""),
@@ -307,11 +308,25 @@ def statistic(results: list[dict[str, Any]], part: str, key: str) -> str:
     return f"{statistics.fmean(values):.4f}{spread}" if values else "-"
 
 
-def tables(records: Mapping[str, runs.Record]) -> str:
-    """The README's results as Markdown, from what is kept."""
+def results_of(records: Mapping[str, runs.Record], pattern: str) -> list[dict[str, Any]]:
+    return [record["result"] for name, record in records.items() if pattern and fnmatchcase(name, pattern)]
 
-    def kept(pattern: str) -> list[dict[str, Any]]:
-        return [record["result"] for name, record in records.items() if pattern and fnmatchcase(name, pattern)]
+
+def gains(records: Mapping[str, runs.Record]) -> str:
+    """What pretraining adds, as Markdown, from what is kept."""
+    head = "| fine-tuning | from scratch | from an MNIST autoencoder | from a CIFAR-10 autoencoder |"
+    lines = [head, "|---|---|---|---|"]
+    for what, names in CONTROLS.items():
+        starts = [results_of(records, name) for name in names]
+        cells = [statistic(start, "test", "accuracy") + f" ({len(start)})" * bool(start) for start in starts]
+        if any(starts):
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(records: Mapping[str, runs.Record]) -> str:
+    """All results as Markdown, from what is kept."""
+    kept = partial(results_of, records)
 
     def counted(results: list[dict[str, Any]]) -> str:
         return f"({len(results)} seed" + "s" * (len(results) > 1) + ")"
@@ -324,15 +339,9 @@ def tables(records: Mapping[str, runs.Record]) -> str:
             figure = f"**{statistic(results, *path)}** {how} {counted(results)}"
             lines.append(f"| {what} | {theirs} | {figure} | {without} |")
     question = "Does pretraining help? Test accuracy of the same fine-tuning from each start (in brackets: seeds):"
-    head = "| fine-tuning | from scratch | from an MNIST autoencoder | from a CIFAR-10 autoencoder |"
-    lines += ["", question, "", head, "|---|---|---|---|"]
-    for what, names in CONTROLS.items():
-        starts = [kept(name) for name in names]
-        cells = [statistic(start, "test", "accuracy") + f" ({len(start)})" * bool(start) for start in starts]
-        if any(starts):
-            lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += ["", question, "", gains(records)]
     head = "| what | seeds | masked MSE, validation | accuracy, validation | accuracy, test |"
-    lines += ["", head, "|---|---|---|---|---|"]
+    lines += [head, "|---|---|---|---|---|"]
     for what, names in ROWS.items():
         pretrained, tuned = map(kept, names)
         figures = statistic(pretrained, "val", "masked_mse"), statistic(tuned, "val", "accuracy")
@@ -341,10 +350,10 @@ def tables(records: Mapping[str, runs.Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_tables(text: str, records: Mapping[str, runs.Record]) -> str:
-    """The README's text with the tables of today."""
+def with_tables(text: str, made: str) -> str:
+    """A page's text with the tables of today."""
     before, rest = text.split(START)
-    return before + START + tables(records) + END + rest.split(END, 1)[1]
+    return before + START + made + END + rest.split(END, 1)[1]
 
 
 def main() -> None:
@@ -352,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}, or names of runs; none is all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--page", action="store_true", help="run nothing: make the page and the README's tables")
+    parser.add_argument("--page", action="store_true", help="run nothing: make the page and the tables")
     arguments = parser.parse_args()
     table = {name: text for part in parts.values() for name, text in part.items()}
     if unknown := set(arguments.parts) - set(parts) - set(table):
@@ -366,7 +375,8 @@ def main() -> None:
             keep(todo)
     records = runs.read_records(TABLE)
     build(records)
-    README.write_text(with_tables(README.read_text(), records))
+    for page, made in ((README, gains(records)), (RESULTS, tables(records))):
+        page.write_text(with_tables(page.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README cannot rot: its library example runs, its commands exist, its tree matches the folder."""
+"""The front pages cannot rot: the library example runs, commands exist, tree and tables match what is there."""
 
 import base64
 import contextlib
@@ -23,10 +23,11 @@ from maelab.runs.checkpoints import PRETRAINED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    parts = README.split("```")[1::2]  # every second part lies between fences
+def blocks(language: str, text: str = README + COMMANDS) -> list[str]:
+    parts = text.split("```")[1::2]  # every second part lies between fences
     return [part.removeprefix(f"{language}\n") for part in parts if part.split("\n")[0] == language]
 
 
@@ -76,7 +77,8 @@ def cli_help(command: str, words: list[str]) -> str:
 
 
 def test_the_tree_matches_the_folder():
-    (tree,) = [block for block in blocks("") if block.startswith("maelab/\n")]
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = [block for block in blocks("", text) if block.startswith("maelab/\n")]
     named = set(re.findall(r"^  (\w+(?:\.py|/))", tree, flags=re.MULTILINE))
     present = {
         path.name + "/" * path.is_dir()
@@ -88,13 +90,19 @@ def test_the_tree_matches_the_folder():
         assert (ROOT / folder).is_dir()
 
 
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 120
+
+
 def headings(file: Path) -> list[str]:
     """Of a page of Markdown, as links name them on the sites that show it."""
     texts = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
 
 
-@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "file", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name
+)
 def test_links_between_the_pages_lead_somewhere(file):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", file.read_text()):
         page = file.parent / target if target else file
@@ -137,7 +145,9 @@ def stand_in(make, monkeypatch, file: Path, script: str) -> None:
 
 def test_the_results_tables_are_those_of_the_kept_runs(make):
     records = runs.read_records(make.TABLE)
-    assert make.with_tables(README, records) == README, "run make page"
+    results = make.RESULTS.read_text()
+    assert make.with_tables(README, make.gains(records)) == README, "run make page"
+    assert make.with_tables(results, make.tables(records)) == results, "run make page"
     assert make.tables(records).count("\n") > 30
 
 
