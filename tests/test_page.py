@@ -367,6 +367,7 @@ def test_the_demo_is_a_page_that_vanishes(maelab: Maelab, tmp_path, runs, runtim
     assert ended.status == 0 and "Traceback" not in ended.err and not page.parent.exists()
 
 
+@pytest.mark.slow
 def test_the_shipped_page_is_under_12_megabytes(tmp_path, runtime):
     result = pages.page(out=tmp_path / "page")
     files = list((tmp_path / "page").iterdir())
