@@ -17,7 +17,10 @@ from maelab.runs import read_metrics
 
 ADDRESSES = ("10.203.0.1", "10.203.0.2")
 PORT = 29_517
-LINE = ("pretrain", "smoke", "--limit", 112, "--batch-size", 32, "--threads", 1, "--device", "cpu", "--knn-every", 0)
+LINE = (
+    *("pretrain", "smoke", "--limit", 112, "--batch-size", 32, "--knn-every", 0),
+    *("--device", "cpu", "--threads", 1, "--precision", "fp32"),
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -61,51 +64,33 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run)]
 
 
+def training(data: Path, *more: object) -> list[object]:
+    return ["maelab", *LINE, "--data", f"folder:{data}", *more]
+
+
+def on_both(hosts: tuple[str, str], folders: tuple[Path, Path], port: int, words: list[object], **second: str) -> list:
+    """The same command on both hosts. `second`: what tells the second its number."""
+    meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port)}
+    numbers = {"NODE_RANK": "0"}, second or {"NODE_RANK": "1"}
+    return [
+        start(host, folder, *words, "--num-nodes", 2, "--out", "run", **meeting, **number)
+        for host, folder, number in zip(hosts, folders, numbers, strict=True)
+    ]
+
+
 def test_two_machines_equal_one_and_only_the_first_writes(digits_folder, hosts, tmp_path):
-    """The second is found as under Slurm."""
-    line = [
-        "maelab",
-        *LINE,
-        "--precision",
-        "fp32",
-        "--data",
-        f"folder:{digits_folder}",
-        "--optimizer",
-        "muon",
-        "--epochs",
-        4,
-    ]
-    assert start(None, tmp_path, *line, "--out", "one").wait(300) == 0
-    meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT)}
-    ranks = {"NODE_RANK": "0"}, {"SLURM_NODEID": "1"}
-    runs = [
-        start(host, tmp_path, *line, "--num-nodes", 2, "--out", f"on-{i}", **meeting, **ranks[i])
-        for i, host in enumerate(hosts)
-    ]
+    words = training(digits_folder, "--optimizer", "muon", "--epochs", 4)
+    assert start(None, tmp_path, *words, "--out", "one").wait(300) == 0
+    runs = on_both(hosts, (tmp_path, tmp_path), PORT, words, SLURM_NODEID="1")
     assert [run.wait(300) for run in runs] == [0, 0], (tmp_path / "said-0").read_text()
-    assert losses(tmp_path / "on-0") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # Muon may multiply in bf16
-    assert "2 processes" in (tmp_path / "said-0").read_text()
-    assert "epoch" not in (tmp_path / "said-1").read_text() and not (tmp_path / "on-1").exists()
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # Muon may multiply in bf16
+    assert "2 processes" in (tmp_path / "said-0").read_text() and "epoch" not in (tmp_path / "said-1").read_text()
 
 
 def test_a_machine_that_dies_ends_the_run_on_the_other_with_one_line(digits_folder, hosts, tmp_path):
-    line = [
-        "maelab",
-        *LINE,
-        "--precision",
-        "fp32",
-        "--data",
-        f"folder:{digits_folder}",
-        "--epochs",
-        10_000,
-        "--num-nodes",
-        2,
-    ]
-    meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT + 1)}
-    first, second = (
-        start(host, tmp_path, *line, "--out", f"on-{i}", NODE_RANK=str(i), **meeting) for i, host in enumerate(hosts)
-    )
-    wait_for(lambda: len(losses(tmp_path / "on-0")) > 2, first)
+    words = training(digits_folder, "--epochs", 10_000)
+    first, second = on_both(hosts, (tmp_path, tmp_path), PORT + 1, words)
+    wait_for(lambda: len(losses(tmp_path / "run")) > 2, first)
     second.kill()
     second.wait()
     assert first.wait(60) == 1
@@ -114,34 +99,18 @@ def test_a_machine_that_dies_ends_the_run_on_the_other_with_one_line(digits_fold
 
 
 def test_a_folder_that_the_machines_do_not_share_is_refused(digits_folder, hosts, tmp_path):
-    line = ["maelab", *LINE, "--data", f"folder:{digits_folder}", "--num-nodes", 2, "--out", "run"]
-    meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT + 3)}
-    runs = []
-    for i, host in enumerate(hosts):
-        (tmp_path / str(i)).mkdir()
-        runs.append(start(host, tmp_path / str(i), *line, NODE_RANK=str(i), **meeting))
-    assert [run.wait(60) for run in runs] == [1, 1]
-    assert "process 1 does not see run as process 0 does" in (tmp_path / "1" / "said-1").read_text()
-    assert "lost another process of the run" in (tmp_path / "0" / "said-0").read_text()
+    folders = tmp_path / "0", tmp_path / "1"
+    for folder in folders:
+        folder.mkdir()
+    assert [run.wait(60) for run in on_both(hosts, folders, PORT + 2, training(digits_folder))] == [1, 1]
+    assert "process 1 does not see run as process 0 does" in (folders[1] / "said-1").read_text()
+    assert "lost another process of the run" in (folders[0] / "said-0").read_text()
 
 
 def test_torchrun_starts_again_where_the_last_checkpoint_stands(digits_folder, tmp_path):
-    line = [
-        "maelab",
-        *LINE,
-        "--precision",
-        "fp32",
-        "--data",
-        f"folder:{digits_folder}",
-        "--epochs",
-        12,
-        "--devices",
-        2,
-        "--out",
-        "run",
-    ]
-    torchrun = ["torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1, "--standalone", "-m"]
-    run = start(None, tmp_path, *torchrun, *line)
+    torchrun = ("torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1, "--standalone", "-m")
+    words = training(digits_folder, "--epochs", 12, "--devices", 2, "--out", "run")
+    run = start(None, tmp_path, *torchrun, *words)
     wait_for(lambda: len(losses(tmp_path / "run")) > 2, run)
     os.kill(children_of(run.pid)[-1], signal.SIGKILL)
     assert run.wait(300) == 0

@@ -336,7 +336,13 @@ def test_a_photograph_of_any_shape_is_prepared_as_by_maelab(opened, runs, size, 
 def test_names_are_words_and_what_is_no_image_is_said(opened, tmp_path):
     tab = opened.tab
     opened.after(lambda: tab.click("#groups button:nth-child(2)"))
-    assert HOSTILE[0] in tab.inner_text("#results") and tab.title() == "A masked autoencoder in your browser"
+    said = tab.inner_text("#results")
+    assert (
+        HOSTILE[0] in said
+        and "\\u202egnp" in said
+        and "\u202e" not in said
+        and tab.title() == "A masked autoencoder in your browser"
+    )
     (tmp_path / "<b>.png").write_bytes(b"no image")
     tab.set_input_files("#file", tmp_path / "<b>.png")
     tab.wait_for_selector("#problem:not([hidden])")

@@ -7,6 +7,8 @@ it comes from npm, of one version, and its bytes are known beforehand.
 import contextlib
 import gzip
 import json
+import os
+import sys
 import tarfile
 import tempfile
 import threading
@@ -23,7 +25,7 @@ from maelab.data.sources import NAMES, cache_dir, obtain_package
 from maelab.errors import MaelabError, RunError, UsageError
 from maelab.export import to_onnx
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
-from maelab.names import encodable
+from maelab.names import visible
 from maelab.runs import write_atomically
 from maelab.training.checkpoint import ModelSpec, load_matching_data, load_model
 
@@ -85,7 +87,7 @@ def page(
     about = {"models": shown, "examples": sets}
     files["about.js"] = f"const ABOUT = {json.dumps(about)};\n".encode()
     files |= _runtime()
-    for name, content in files.items():
+    for name, content in reversed(files.items()):  # index.html last: what was cut short does not open
         write_atomically(out / name, content)
     listed = [{"name": m["name"], "bytes": len(files[f"{m['asset']}.js"]), "rounding": m["rounding"]} for m in shown]
     return {
@@ -96,8 +98,8 @@ def page(
 def demo(runs: Sequence[str] = (), *, images: Sequence[str] = (), data_dir: Path | None = None) -> Iterator[str]:
     """Open a page in the browser to draw digits, hide and rebuild patches, compare models.
 
-    It is the page of `maelab page`, in a temporary folder that vanishes when the command is interrupted. There is no
-    server: nobody else can reach it.
+    It is the page of `maelab page`, in a folder here that vanishes when the command is interrupted. There is no server:
+    nobody else can reach it.
 
     Args:
         runs: run folders or checkpoints of autoencoders and classifiers; none takes weights that maelab ships.
@@ -110,10 +112,15 @@ def demo(runs: Sequence[str] = (), *, images: Sequence[str] = (), data_dir: Path
     Raises:
         UsageError, RunError: as `page`.
     """
-    with tempfile.TemporaryDirectory(prefix="maelab-demo-") as folder:
-        opened = Path(page(runs, out=folder, images=images, data_dir=data_dir)["open"])
-        webbrowser.open(opened.as_uri())
-        yield opened.as_uri()
+    try:  # not in /tmp: browsers that Ubuntu installs as snaps have a /tmp of their own, and see no hidden folder
+        folder = tempfile.TemporaryDirectory(prefix="maelab-demo-", dir=Path.cwd())
+    except OSError as error:
+        raise UsageError(f"cannot write a page here: {error.strerror or error}; go to a folder of your own") from error
+    with folder as place:
+        opened = Path(page(runs, out=place, images=images, data_dir=data_dir)["open"]).as_uri()
+        if sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():  # else one of text alone
+            webbrowser.open(opened)
+        yield opened
         with contextlib.suppress(KeyboardInterrupt):  # the usual end
             threading.Event().wait()
 
@@ -133,7 +140,7 @@ def _load(run: str) -> tuple[str, VisionTransformer, ModelSpec]:
 
 
 def _name(run: str, taken: Sequence[str]) -> str:
-    name = encodable(Path(run).name.removeprefix("maelab:") or str(run))
+    name = visible(Path(run).name.removeprefix("maelab:") or str(run))
     return name if name not in taken else f"{name} ({len(taken) + 1})"
 
 
@@ -143,7 +150,7 @@ def _about(model: VisionTransformer, spec: ModelSpec) -> dict[str, Any]:
     names = spec.class_names or tuple(map(str, range(model.num_classes)))
     colours = "grey" if model.in_chans == 1 else "in colour"
     return {
-        "group": f"{spec.data.partition(':')[0] or 'images'}, {height} x {width}, {colours}",
+        "group": f"{visible(spec.data).partition(':')[0] or 'images'}, {height} x {width}, {colours}",
         "rebuilds": isinstance(model, MaskedAutoencoderViT),
         "channels": model.in_chans,
         "height": height,
@@ -152,7 +159,7 @@ def _about(model: VisionTransformer, spec: ModelSpec) -> dict[str, Any]:
         "resize": spec.reading.resize,
         "ratio": spec.mask_ratio or 0.75,
         "normalised": getattr(model, "norm_pix_loss", False),
-        "classes": [encodable(name) for name in names],
+        "classes": [visible(name) for name in names],
         "digits": spec.data == "mnist" and model.in_chans == 1,
     }
 

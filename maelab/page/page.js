@@ -81,14 +81,20 @@ function resize(pixels, width, height, channels, box, outWidth, outHeight) {
   return turn(turned, outHeight, outWidth, channels);
 }
 
-// The image at the model's size, in its colours: bytes (H, W, C).
-function fit({ data, width, height }, model) {
+// The image at the model's size, in its colours: bytes (H, W, C). Once for each image and model: it may be large.
+const fitted = new WeakMap();
+function fit(image, model) {
+  if (!fitted.has(image)) fitted.set(image, new Map());
+  const known = fitted.get(image);
+  if (!known.has(model)) known.set(model, fitNow(image, model));
+  return known.get(model);
+}
+
+function fitNow({ data, width, height }, model) {
   const channels = model.channels, pixels = new Uint8ClampedArray(width * height * channels);
-  for (let i = 0; i < width * height; i++) {
-    const [r, g, b] = data.subarray(4 * i, 4 * i + 3);
-    if (channels === 1) pixels[i] = (19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16;
-    else pixels.set([r, g, b], 3 * i);
-  }
+  for (let i = 0; i < width * height; i++)
+    if (channels === 1) pixels[i] = (19595 * data[4 * i] + 38470 * data[4 * i + 1] + 7471 * data[4 * i + 2] + 0x8000) >> 16;
+    else for (let c = 0; c < 3; c++) pixels[3 * i + c] = data[4 * i + c];
   const [w, h] = [model.width, model.height];
   if (width === w && height === h) return pixels;
   if (model.resize === "crop") {
