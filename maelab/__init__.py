@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from maelab.data import ImageSet as ImageSet
     from maelab.data import load as load_data  # noqa: F401
     from maelab.errors import MaelabError as MaelabError
+    from maelab.fitting import fit as fit
     from maelab.inference import attention_maps as attention_maps
     from maelab.inference import class_probabilities as class_probabilities
     from maelab.inference import extract_features as extract_features
@@ -51,6 +52,7 @@ _HOME = {
     "extract_features": ("maelab.inference", "extract_features"),
     "features": ("maelab.tasks.features", "features"),
     "finetune": ("maelab.tasks.finetune", "finetune"),
+    "fit": ("maelab.fitting", "fit"),
     "load_data": ("maelab.data", "load"),
     "load_model": ("maelab.training.checkpoint", "load_model"),
     "predict": ("maelab.tasks.predict", "predict"),

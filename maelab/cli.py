@@ -42,7 +42,7 @@ COMMANDS = {
     "data": Command("maelab.cli:data", printing.data),
     "pretrain": Command("maelab.tasks.pretrain:pretrain", printing.pretrained, first="recipe"),
     "finetune": Command("maelab.tasks.finetune:finetune", printing.finetuned, first="recipe"),
-    "fit": Command("maelab.fit:fit", printing.fitted, begins="maelab fit: looking at the images"),
+    "fit": Command("maelab.fitting:fit", printing.fitted, begins="maelab fit: looking at the images"),
     "probe": Command("maelab.tasks.probe:probe", printing.probed, first="init"),
     "evaluate": Command("maelab.tasks.evaluate:evaluate", printing.evaluated),
     "predict": Command("maelab.tasks.predict:predict", printing.predictions, output=PredictOutput),

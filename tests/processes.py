@@ -203,7 +203,7 @@ def _serve() -> None:
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
-    from maelab import figures, fit  # noqa: F401
+    from maelab import figures, fitting  # noqa: F401
     from maelab.cli import main
     from maelab.tasks import attention, evaluate, features, predict, probe, reconstruct  # noqa: F401
 

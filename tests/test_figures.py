@@ -251,7 +251,7 @@ def test_importing_maelab_chooses_no_backend():
     """Whoever imports it may draw with another; pyplot itself is not even loaded."""
     code = "import os, sys; os.environ['MPLBACKEND'] = 'template'\n"
     code += "from maelab.tasks import attention, evaluate, features, finetune, predict, pretrain, probe, reconstruct\n"
-    code += "import maelab.fit, maelab.sweep, maelab.report.figures, matplotlib\n"
+    code += "import maelab.fitting, maelab.sweep, maelab.report.figures, matplotlib\n"
     code += "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.get_backend() == 'template'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,9 @@ from processes import Maelab
 from maelab import recipes
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
-from maelab.fit import STAGES, _batch_size, _fitted
-from maelab.verdict import _cells, _confused, _variance
+from maelab.fitting import STAGES
+from maelab.fitting.plan import _batch_size, _fitted
+from maelab.fitting.verdict import _cells, _confused, _variance
 
 ONE = ("--threads", 1)
 NARROW = ("--embed-dim", 24, "--depth", 1, "--num-heads", 1)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from maelab import fit, recipes
+from maelab import fitting, recipes
 from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
 from maelab.errors import UsageError
+from maelab.fitting import plan as planning
 
 
 @pytest.fixture
@@ -32,10 +33,10 @@ def planned(cifar_folder, monkeypatch):
             measured.append((config, *more))
             return step * config.batch_size, beside
 
-        monkeypatch.setattr(fit, "_measure", measure)
+        monkeypatch.setattr(planning, "_measure", measure)
         seen = replace(scan(asked["data"]), **changes)
         begun = time.perf_counter() - waited
-        return fit._plan(seen, asked, begun, RunOptions()) | {"calls": measured}
+        return planning.make_plan(seen, asked, begun, RunOptions()) | {"calls": measured}
 
     return plan
 
@@ -93,8 +94,8 @@ def test_unlabelled_images_are_counted_for_pretraining_alone(cifar_folder, tmp_p
     root = Path(shutil.copytree(cifar_folder, tmp_path / "own"))
     (root / "dog").rename(root / "unlabelled")
     asked = {"data": f"folder:{root}", "minutes": 8.0, "seed": 0, "fingerprint": "x"}
-    monkeypatch.setattr(fit, "_measure", lambda *_: (0.1, 0.5))
-    plan = fit._plan(scan(asked["data"]), asked, time.perf_counter(), RunOptions())
+    monkeypatch.setattr(planning, "_measure", lambda *_: (0.1, 0.5))
+    plan = planning.make_plan(scan(asked["data"]), asked, time.perf_counter(), RunOptions())
     assert plan["measured"]["pretrain"]["images"] == plan["measured"]["finetune"]["images"] + 20
 
 
@@ -141,8 +142,8 @@ def test_going_on_that_was_stopped_anywhere_is_done_by_the_next_call(tmp_path, m
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             for name in ("unlink", "rename"):
                 patch.setattr(Path, name, counted(getattr(Path, name)))
-            fit._go_on(out, {"round": 2})
-        fit._go_on(out, {"round": 2})
+            fitting._go_on(out, {"round": 2})
+        fitting._go_on(out, {"round": 2})
         assert [path.name for path in out.rglob("*") if path.is_file()] == ["result.json"], steps
         assert (out / "before-2" / "result.json").read_text() == "pretrain/result.json"
 
@@ -150,7 +151,7 @@ def test_going_on_that_was_stopped_anywhere_is_done_by_the_next_call(tmp_path, m
 @pytest.mark.parametrize("minutes", [0.0, -1.0, math.inf, math.nan])
 def test_minutes_are_a_number_above_0(minutes, cifar_folder, tmp_path):
     with pytest.raises(UsageError, match="--minutes must be above 0 and at most 525600"):
-        fit.fit(cifar_folder, minutes=minutes, out=tmp_path / "out")
+        fitting.fit(cifar_folder, minutes=minutes, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +160,7 @@ def test_each_stage_has_its_own_config_and_only_one_its_weights(planned, tmp_pat
     plan = planned(8.0)
     for stage in ("pretrain", "finetune"):
         plan[stage]["img_size"] = list(plan[stage]["img_size"])
-    configs = fit._configs(plan, tmp_path)
+    configs = planning.read_configs(plan, tmp_path)
     tuned, scratch = configs["finetune"], configs["scratch"]
     assert isinstance(tuned, FinetuneConfig) and isinstance(scratch, FinetuneConfig)
     assert tuned.init == str(tmp_path / "pretrain") and scratch == replace(tuned, init="none")
@@ -170,7 +171,7 @@ def test_fine_tuning_keeps_half_of_what_was_planned_however_late_it_is(planned, 
     """A machine that became slower costs time, and not the comparison."""
     plan = planned(8.0)
     epochs = plan["finetune"]["epochs"]
-    late = fit._refit(plan, time.perf_counter() - 8 * 60)
+    late = planning.refit(plan, time.perf_counter() - 8 * 60)
     assert late["finetune"]["epochs"] == epochs // 2 > 1 and late["finetune"]["limit"] is None
     assert "take longer than asked" in capsys.readouterr().err
-    assert fit._refit(plan, time.perf_counter() - 60)["finetune"]["epochs"] >= epochs
+    assert planning.refit(plan, time.perf_counter() - 60)["finetune"]["epochs"] >= epochs

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from maelab import verdict
 from maelab.config import RunOptions
 from maelab.data.folder import Found
+from maelab.fitting import verdict
 from maelab.inference import scores_by_class
 
 # ------------------------------------------------------------------------------------------------------------- verdict

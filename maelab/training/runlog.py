@@ -1,10 +1,12 @@
 """What a run writes as it goes, and what a person sees of it."""
 
+import html
 import json
 import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +125,51 @@ def environment(hardware: str, checksums: dict[str, str], source: nn.Module | No
     }
 
 
+class _TerminalBar:
+    """The bar in a terminal, which goes away at the end."""
+
+    def __init__(self, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=total)
+        self._bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        self._bar.update(self._task, completed=step, description=text)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+class _NotebookBar:
+    """The bar in the output of a notebook's cell. Plain HTML that is replaced, so that no widgets are needed."""
+
+    def __init__(self, total: int) -> None:
+        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports] - a notebook has it
+
+        self._html, self._total, self._begun, self._due = HTML, total, time.monotonic(), 0.0
+        self._from: int | None = None
+        self._handle: Any = display(HTML(""), display_id=True)
+
+    def update(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + 0.25  # a message to the browser each
+        self._from = step if self._from is None else self._from
+        done = step - self._from
+        left = f", {in_words((self._total - step) * (now - self._begun) / done)} left" if done else ""
+        bar = f'<progress value="{step}" max="{self._total}"></progress>'
+        self._handle.update(self._html(f"{html.escape(visible(text))} {bar}{left}"))
+
+    def stop(self) -> None:
+        self._handle.update(self._html(""))
+
+
 class RunLog:
     """Writes metrics.jsonl and TensorBoard's events, and shows progress on stderr.
 
@@ -149,19 +196,17 @@ class RunLog:
             self._file.truncate(len(kept))
             self._events = Events(folder, purge_from=epoch + 1)
             self._tracker = tracker
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(compact=True),
-        )
-        silent = folder is None or not console.is_terminal
-        self._bar = Progress(*columns, console=console, transient=True, disable=silent)
-        self._total = self._bar.add_task(f"{_whole} starting".lstrip(), total=total_steps)
-        self._bar.start()
+        self._bar: _TerminalBar | _NotebookBar | None = None
+        if folder is not None and console.is_jupyter:
+            self._bar = _NotebookBar(total_steps)
+        elif folder is not None and console.is_terminal:
+            self._bar = _TerminalBar(total_steps)
+        self.step(0, "starting")
 
     def step(self, step: int, text: str) -> None:
         """Move the bar to `step` and show `text` beside it."""
-        self._bar.update(self._total, completed=step, description=f"{_whole}  {text}".lstrip())
+        if self._bar is not None:
+            self._bar.update(step, f"{_whole}  {text}".lstrip())
 
     def epoch(self, epoch: int, split: str, **values: float) -> None:
         """Write one row: the metrics of one split after an epoch (counted from 1).
@@ -189,7 +234,8 @@ class RunLog:
 
     def close(self) -> None:
         """Take the bar away and close the files."""
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
         if self._file is not None:
             self._file.close()
             self._events.close()

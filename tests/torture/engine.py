@@ -264,7 +264,15 @@ def tell(text: str) -> None:
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._dynamo", "maelab", "maelab.fit", "maelab.cli", "maelab.tasks.features", "maelab.tasks.predict", "targets"]
+    [
+        "torch._dynamo",
+        "maelab",
+        "maelab.fitting",
+        "maelab.cli",
+        "maelab.tasks.features",
+        "maelab.tasks.predict",
+        "targets",
+    ]
 )
 
 

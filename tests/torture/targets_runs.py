@@ -15,9 +15,10 @@ import torch
 from engine import JSON_TOKENS, Target
 from safetensors.torch import save, save_file
 
-from maelab import fit, foreign, printing
+from maelab import fitting, foreign, printing
 from maelab.errors import UsageError
 from maelab.files import parse_json, read_json
+from maelab.fitting.plan import read_configs
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.recipes import finetune_smoke, pretrain_smoke
 from maelab.report import groups, report
@@ -127,8 +128,8 @@ def seeds_of_plan(place: Path) -> list[bytes]:
 def feed_plan(content: bytes, place: Path) -> None:
     (place / "plan.json").write_bytes(content)
     plan = read_json(place / "plan.json")
-    if fit._recall(place, plan, {"data": "mnist", "minutes": 1, "seed": 0, "fingerprint": "x"}, False):
-        fit._configs(plan, place)
+    if fitting._recall(place, plan, {"data": "mnist", "minutes": 1, "seed": 0, "fingerprint": "x"}, False):
+        read_configs(plan, place)
 
 
 def seeds_of_sweep(place: Path) -> list[bytes]:

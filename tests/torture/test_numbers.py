@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from maelab import fit
 from maelab.config import PretrainConfig
 from maelab.data.decode import decode_upload
 from maelab.errors import RunError, UsageError
 from maelab.files import LARGEST_JSON, parse_json, read_json
+from maelab.fitting.plan import read_configs
 from maelab.recipes import pretrain_smoke
 from maelab.runs import commit, find_checkpoint, read_metrics
 from maelab.runs.checkpoints import NAMES
@@ -129,7 +129,7 @@ def test_a_plan_of_other_types_is_damaged(tmp_path):
     plan = {"data": "folder:x", "minutes": 1, "seed": 0, "fingerprint": "x"}
     plan |= {"measured": {"pretrain": {"images": 9, "validation_images": 3, "images_per_s": 9.0}}}
     config = vars(pretrain_smoke()) | {"img_size": [28, 28], "data": "folder:x"}
-    assert fit._configs(plan | {"pretrain": config}, tmp_path)["pretrain"].epochs
+    assert read_configs(plan | {"pretrain": config}, tmp_path)["pretrain"].epochs
     for change in (
         {"epochs": "3"},
         {"epochs": 2.5},
@@ -140,7 +140,7 @@ def test_a_plan_of_other_types_is_damaged(tmp_path):
         {"new": 1},
     ):
         with pytest.raises(RunError, match=r"plan.json is damaged"):
-            fit._configs(plan | {"pretrain": config | change}, tmp_path)
+            read_configs(plan | {"pretrain": config | change}, tmp_path)
 
 
 def test_a_commit_that_names_only_a_part_is_damaged(tmp_path):

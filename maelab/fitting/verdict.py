@@ -39,7 +39,7 @@ def judge(
         options: where to compute.
 
     Returns:
-        The content of fit.json; see `maelab.fit.fit`.
+        The content of fit.json; see `maelab.fit`.
     """
     result = _measure(found, plan, out, results)
     if result["model"]:
@@ -51,15 +51,20 @@ def judge(
     paragraphs = _paragraphs(result, found, plan)
     result["verdict"] = "\n\n".join(paragraphs)
     with figures.optional(f"the page {out / 'report.html'} could not be built"):
-        pictures = {
-            "test images that it gets wrong, those first of which it was surest": result["mistakes"],
-            "images, what was hidden of them, and what the autoencoder makes of the rest": str(picture),
-        }
-        shown = {text: Path(file) for text, file in pictures.items() if file and Path(file).exists()}
         stages = [out / stage for stage in sorted(results)]
         name = Path(plan["data"].removeprefix("folder:")).name
-        build_page(stages, out=out / "report.html", title=f"maelab fit: {name}", lead=paragraphs, pictures=shown)
+        drawn = pictures(result)
+        build_page(stages, out=out / "report.html", title=f"maelab fit: {name}", lead=paragraphs, pictures=drawn)
     return result
+
+
+def pictures(result: dict[str, Any]) -> dict[str, Path]:
+    """Caption -> file, of the pictures that there are."""
+    drawn = {
+        "test images that it gets wrong, those first of which it was surest": result["mistakes"],
+        "images, what was hidden of them, and what the autoencoder makes of the rest": result["reconstruction"],
+    }
+    return {text: Path(file) for text, file in drawn.items() if file and Path(file).is_file()}
 
 
 def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, Any]) -> dict[str, Any]:
