@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test kernels check bench results page torture clean
+.PHONY: install quickstart test kernels check bench results page docs torture clean
 
 # What running needs; test and check add the rest. Stamps keep a second call instant.
 .venv/.base: pyproject.toml constraints.txt setup.py $(wildcard maelab/native/kernels/*)
@@ -40,6 +40,10 @@ results: .venv/.dev
 
 page: .venv/.dev
 	$(BIN)/python results/make.py --page
+
+# build/docs/index.html. Runs docs/notebook.ipynb, which takes six minutes. Any warning stops it.
+docs: .venv/.dev
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 # About an hour on two cores. Less, or the same again: make torture INPUTS=1000 KILLS=20 SEED=1.
 torture: .venv/.dev

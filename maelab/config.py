@@ -133,6 +133,9 @@ class _Config:
         """Every value has its type, is neither infinite nor beyond any use, and keeps its bounds."""
         for field in dataclasses.fields(self):
             flag, value, kind = _flag(field.name), getattr(self, field.name), _types(type(self))[field.name]
+            if isinstance(value, str) and Path in get_args(kind):  # a path is often written as text
+                value = Path(value)
+                object.__setattr__(self, field.name, value)
             _require(_fits(value, kind), f"{flag} must be {_in_words(kind)}, got {_in_short(value)}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float):

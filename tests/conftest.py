@@ -5,7 +5,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from maelab.data.sets import Dataset, ImageSet
 from maelab.data.sources import cache_dir, obtain_package
 from maelab.errors import RunError
 from maelab.page import RUNTIME, RUNTIME_SHA256
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 DATA = Path(__file__).parent / "data"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -121,3 +126,18 @@ def runtime(maelab: Maelab) -> None:
     except RunError as error:
         pytest.skip(str(error))
     shutil.copytree(cache_dir() / "npm", maelab.home / "cache" / "npm")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    missing = ["playwright"] * (find_spec("playwright") is None) + ["Chromium"] * (chromium is None)
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

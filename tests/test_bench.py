@@ -8,6 +8,7 @@ import pytest
 from maelab import bench, native, recipes
 
 
+@pytest.mark.slow
 def test_who_is_too_slow_is_bounded_and_ends(monkeypatch, tmp_path, capsys):
     """As the peer under autocast is where no unit multiplies bfloat16."""
     monkeypatch.setattr(bench, "STEP_SECONDS", 1e-6)
@@ -49,6 +50,7 @@ def test_a_cell_is_a_figure_or_a_bound():
     ]
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_timed_to_its_goal(monkeypatch, tmp_path, digits_folder, capsys):
     def small(config):
         return lambda: replace(config, data=f"folder:{digits_folder}", limit=64, batch_size=16, epochs=2)

@@ -63,7 +63,7 @@ def test_the_device_is_strict(strict: None):
             refused()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on(optimizer: str, digits_folder: Path, tmp_path: Path, monkeypatch):
     """And ends where the CPU does."""
     config = small(recipes.pretrain_smoke(), digits_folder, optimizer=optimizer, ema_decay=0.9, clip_grad=1.0)
@@ -105,7 +105,7 @@ class _Recording(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_what_is_captured_stays_on_the_device(optimizer: str, digits_folder: Path, tmp_path: Path, monkeypatch):
     """And its rates follow the schedule: it ends where the plain steps do."""
     steps = []
@@ -137,6 +137,7 @@ def test_what_is_captured_stays_on_the_device(optimizer: str, digits_folder: Pat
     assert len(steps) > 4 and all(shapes == steps[0] for shapes in steps[: len(steps) // 4])
 
 
+@pytest.mark.slow
 def test_every_task_runs_there(strict: None, digits_folder: Path, tmp_path: Path):
     run, out = tmp_path / "mae", tmp_path / "picture.png"
     config = small(recipes.pretrain_smoke(), digits_folder, norm_pix_loss=True, epochs=1, **AUGMENT)

@@ -109,6 +109,7 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert len(guess) == 20 and {entry["label"] for entry in guess} <= {"cat", "ship"}
 
 
+@pytest.mark.slow
 def test_an_encoder_from_elsewhere_is_a_third_contender(photos, maelab: Maelab, tmp_path):
     """It has its own shape and patches, is fine-tuned as it is, and may be the model if validation says so."""
     shape = ("--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-size", 8, "--epochs", 1)
@@ -136,6 +137,7 @@ def test_an_encoder_from_elsewhere_is_a_third_contender(photos, maelab: Maelab, 
     assert refused.startswith(f"runs/fit-photos holds a fit with --init {tmp_path / 'given'} instead of none")
 
 
+@pytest.mark.slow
 def test_pretraining_begins_from_an_autoencoder(photos, maelab: Maelab, tmp_path):
     given = "maelab:mnist-mae"
     ended = maelab.run("fit", photos, "--init", given, "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
@@ -175,6 +177,7 @@ def test_a_fit_goes_on_where_it_was(fitted, photos, maelab: Maelab):
     (photos / "unlabelled" / "new.png").unlink()
 
 
+@pytest.mark.slow
 def test_more_minutes_go_on_with_the_fit_that_lies_there(fitted, photos, maelab: Maelab, tmp_path):
     work = Path(shutil.copytree(fitted[0], tmp_path / "work"))
     out = work / "runs" / "fit-photos"
@@ -197,6 +200,7 @@ def test_more_minutes_go_on_with_the_fit_that_lies_there(fitted, photos, maelab:
     assert ended.json()["plan"].get("round", 0) == 0 and not list(out.glob("before-*"))
 
 
+@pytest.mark.slow
 def test_more_minutes_for_a_fit_that_was_stopped_before_there_was_anything(photos, maelab: Maelab, tmp_path):
     out = tmp_path / "runs" / "fit-photos"
     process = maelab.start("fit", photos, "--minutes", 3, *ONE, cwd=tmp_path)

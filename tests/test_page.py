@@ -1,12 +1,10 @@
 """The page that runs in the browser alone: its files, its models beside torch's, and what a person does with it."""
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -37,7 +35,6 @@ from maelab.training.checkpoint import ModelSpec, load_model, save_model
 SHAPE: dict[str, Any] = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": (28, 28)}
 DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
 HOSTILE = ("</script><script>document.title='taken'</script>", "<img src=x onerror=alert(1)>", "\u202egnp", "plain")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def checkpoint(folder: Path, kind: str, reading: Reading | None = None, **changes: Any) -> str:
@@ -102,6 +99,7 @@ def test_columns_are_rounded_to_a_sixty_third_of_their_largest_number():
     assert (np.abs(whole * step - matrix) <= step / 2 * 1.0001).all()
 
 
+@pytest.mark.slow
 def test_stored_in_seven_bits_a_model_computes_what_the_rounded_model_computes(runs):
     import onnxruntime
 
@@ -208,26 +206,18 @@ class Open:
 
 
 @pytest.fixture(scope="module")
-def opened(runs, runtime, tmp_path_factory) -> Iterator[Open]:
-    missing = ["playwright"] * (find_spec("playwright") is None) + ["Chromium"] * (CHROMIUM is None)
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed")
-    from playwright.sync_api import sync_playwright
-
+def opened(runs, runtime, browser, tmp_path_factory) -> Iterator[Open]:
     folder = tmp_path_factory.mktemp("page") / "out"
     pages.page(runs, out=folder)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 1000}, has_touch=True)
-        tab.set_default_timeout(150_000)
-        own, elsewhere, problems = (folder.as_uri(), "data:", "blob:"), [], []
-        tab.on("request", lambda asked: None if asked.url.startswith(own) else elsewhere.append(asked.url))
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
-        tab.goto((folder / "index.html").as_uri())
-        tab.wait_for_function("document.body.dataset.ready > 0")
-        yield Open(tab, elsewhere, problems)
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1280, "height": 1000}, has_touch=True)
+    tab.set_default_timeout(150_000)
+    own, elsewhere, problems = (folder.as_uri(), "data:", "blob:"), [], []
+    tab.on("request", lambda asked: None if asked.url.startswith(own) else elsewhere.append(asked.url))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    tab.goto((folder / "index.html").as_uri())
+    tab.wait_for_function("document.body.dataset.ready > 0")
+    yield Open(tab, elsewhere, problems)
     assert elsewhere == [] and problems == []
 
 
@@ -319,7 +309,7 @@ def test_a_drawing_becomes_a_digit_as_those_of_mnist(opened, runs):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("size", [(61, 40), (20, 75), (24, 32), (300, 301)])
+@pytest.mark.parametrize("size", [(61, 40), (20, 75), (24, 32), pytest.param((300, 301), marks=pytest.mark.slow)])
 def test_a_photograph_of_any_shape_is_prepared_as_by_maelab(opened, runs, size, tmp_path):
     tab = opened.tab
     opened.after(lambda: tab.click("#groups button:nth-child(2)"))
@@ -363,6 +353,7 @@ def test_it_fits_a_telephone_and_touch_hides_patches(opened):
     tab.set_viewport_size({"width": 1280, "height": 1000})
 
 
+@pytest.mark.slow
 def test_the_demo_is_a_page_that_vanishes(maelab: Maelab, tmp_path, runs, runtime):
     started = maelab.start("demo", runs[0], cwd=tmp_path, temp=str(tmp_path))
     started.wait_for(started.out)

@@ -75,7 +75,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("before they meet", UsageError, "--data is not there"),
+        pytest.param("before they meet", UsageError, "--data is not there", marks=pytest.mark.slow),
         ("odd", RunError, "Odd: image 7"),
         ("killed", RunError, "process 1 of the run was ended by SIGKILL; if memory ran out, .*"),
     ],

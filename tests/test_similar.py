@@ -63,6 +63,7 @@ def test_neighbours_are_those_of_the_features(digits, tmp_path):
         assert picture.width > picture.height > 100
 
 
+@pytest.mark.slow
 def test_a_copy_elsewhere_is_found_and_may_vanish_again(digits, tmp_path, capsys):
     copy = tmp_path / "copy.png"
     copy.write_bytes((digits / "07.png").read_bytes())
@@ -130,6 +131,7 @@ def test_the_commands(digits, maelab: Maelab, tmp_path):
     assert "--in" in error
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_is_the_oddest(digits, tmp_path):
     strange = tmp_path / "with"
     strange.mkdir()

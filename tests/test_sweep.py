@@ -95,6 +95,7 @@ def configs(folder: Path, cell: str) -> dict[str, dict[str, Any]]:
     return {task: json.loads((place / task / "config.json").read_text()) for task in ("pretrain", "probe", "finetune")}
 
 
+@pytest.mark.slow
 def test_a_cell_is_used_again_only_if_all_that_shapes_it_is_the_same(maelab, digits_folder, tmp_path):
     grid = ("--grid", "mask_ratio=0.5,0.75")
     line = ("sweep", "smoke", "--data", f"folder:{digits_folder}", *grid, *SMALL, "--threads", "1")

@@ -20,6 +20,7 @@ def command(digits_folder) -> list[str]:
     return ["pretrain", "smoke", "--data", f"folder:{digits_folder}", *flags.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own use of its database
 def test_mlflow_has_parameters_curves_figures_and_model_of_a_run_that_was_interrupted(
     command, maelab: Maelab, tmp_path

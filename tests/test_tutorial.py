@@ -20,6 +20,7 @@ def lines(page: str = PAGE) -> list[str]:
     return [line.removeprefix("maelab ") for block in blocks for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial_works(cifar_folder, maelab: Maelab, runtime, tmp_path):
     for name in ("cat", "ship"):
         shutil.copytree(cifar_folder / name, tmp_path / "photos" / name)
@@ -51,6 +52,7 @@ def quick(line: str, maelab: Maelab, folder: Path) -> str:
     return done.err
 
 
+@pytest.mark.slow
 def test_the_page_on_labels_holds(maelab: Maelab, tmp_path):
     rows = ["file,species,site,split"]
     for i in range(80):
@@ -67,6 +69,7 @@ def test_the_page_on_labels_holds(maelab: Maelab, tmp_path):
     assert "groups" not in said[0] and "20 groups by --group" in said[1] and "groups by --group" in said[2]
 
 
+@pytest.mark.slow
 def test_the_page_on_bands_holds(maelab: Maelab, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(60):

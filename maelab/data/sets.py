@@ -73,6 +73,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        labels = "without labels" if self.labels is None else "labelled"
+        return f"ImageSet({len(self)} images of {' x '.join(map(str, self.images.shape[1:]))}, {labels})"
+
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
         images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
@@ -116,3 +120,8 @@ class Dataset:
     val: ImageSet | None = None
     reading: Reading = AS_IT_IS
     faults: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = {"train": self.train, "unlabelled": self.unlabelled, "val": self.val, "test": self.test}
+        said = "".join(f", {name}={part}" for name, part in parts.items() if part is not None)
+        return f"Dataset({self.name!r}{said}, {len(self.class_names)} classes)"

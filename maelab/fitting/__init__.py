@@ -77,7 +77,7 @@ def fit(
     flip: bool | None = None,
     class_weights: Literal["none", "balanced"] = "none",
     init: str = "none",
-    out: Path | None = None,
+    out: Path | str | None = None,
     overwrite: bool = False,
     options: ComputeOptions | None = None,
 ) -> Fit:
@@ -129,7 +129,7 @@ def fit(
         raise UsageError(f"--minutes must be above 0 and at most {_LONGEST} (a year), got {minutes:g}")
     check_count("--seed", seed)
     folder = Path(str(folder).removeprefix("folder:")).expanduser().resolve()
-    out = out or _default_out(folder)
+    out = Path(out) if out else _default_out(folder)
     if out.resolve().is_relative_to(folder):
         raise UsageError(f"--out {out} lies among your images in {folder}; give --out a folder elsewhere")
     asked: dict[str, Any] = {"data": f"folder:{folder}", "minutes": minutes, "seed": seed, "labels": labels}
