@@ -181,20 +181,16 @@ def rounded(content: bytes) -> tuple[bytes, float]:
     from onnx import helper, numpy_helper
 
     graph = (proto := onnx.load_from_string(content)).graph
-    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     factors = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    rows = {turned[name] for name in factors if name in turned}  # their outputs lie in rows, not in columns
     unpacking, change, size = [], 0.0, 0.0
-    for tensor in [t for t in graph.initializer if t.name in factors | rows]:
+    for tensor in [t for t in graph.initializer if t.name in factors]:
         matrix = numpy_helper.to_array(tensor)
-        if matrix.ndim != 2:
-            continue
         name = tensor.name
-        whole, scale = round_columns(matrix) if name in factors else (x.T for x in round_columns(matrix.T))
+        whole, scale = round_columns(matrix)
         change += float(np.square(whole * scale - matrix).sum())
         size += float(np.square(matrix).sum())
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(whole), f"{name}.whole"))
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(scale), f"{name}.scale"))
+        tensor.CopyFrom(numpy_helper.from_array(whole, f"{name}.whole"))
+        graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
         unpacking.append(helper.make_node("Cast", [f"{name}.whole"], [f"{name}.cast"], to=onnx.TensorProto.FLOAT))
         unpacking.append(helper.make_node("Mul", [f"{name}.cast", f"{name}.scale"], [name]))
     nodes = [*unpacking, *graph.node]

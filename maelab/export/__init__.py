@@ -22,6 +22,7 @@ from maelab.data import ImageSet
 from maelab.data.batches import scale
 from maelab.data.sources import cache_dir
 from maelab.errors import MaelabError, RunError, UsageError
+from maelab.export.graph import OPSET, graph_of
 from maelab.foreign import to_hugging_face
 from maelab.inference import attention_maps, attention_rollout, attention_to_patches
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
@@ -32,7 +33,6 @@ from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_dat
 from maelab.weights import PATCH_WEIGHT
 
 ENDINGS = {"onnx": ".onnx", "timm": ".safetensors", "hf": "", "safetensors": ""}  # without one: a folder
-OPSET = 18  # of ONNX; the oldest that torch's exporter writes
 TOLERANCE = 1e-4  # between torch and onnxruntime
 LUMA = (0.299, 0.587, 0.114)  # what red, green and blue count in a grey image (ITU-R 601-2, as Pillow converts)
 MEASURED = 5000  # images at most on which int8 is judged
@@ -289,7 +289,7 @@ class _Looking(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter and the quantiser say about themselves."""
+    """Without what the quantiser says about itself."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -310,47 +310,35 @@ def to_onnx(model: VisionTransformer, spec: ModelSpec, part: str) -> tuple[bytes
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise UsageError(f"ONNX needs the package {error.name}: pip install 'maelab[export]'") from None
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, model.in_chans, *model.img_size, generator=generator) * 2 - 1
-    batch = {0: torch.export.Dim("batch")}
-    inputs, dynamic = {"images": images}, (batch,)
+    inputs = {"images": images}
     about: dict[str, Any] = {"class_names": spec.class_names, "preprocessing": _preprocessing(model, spec)}
     about["maelab"] = maelab.__version__
+    network: nn.Module = model
     if part == "autoencoder":
         assert isinstance(model, MaskedAutoencoderViT)
-        network, names = _Autoencoder(model), ["pred"]
+        network = _Autoencoder(model)
         shuffled = torch.rand(5, model.num_patches, generator=generator).argsort(dim=1)
         kept = (model.num_patches + 1) // 2
         inputs |= {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
-        dynamic = (batch, batch | {1: torch.export.Dim("kept", min=1, max=model.num_patches)}, batch)
         about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
     elif part == "attention":
-        network, names = _Looking(model), ["logits", "attention"]
-    elif model.num_classes:
-        network, names = model, ["logits"]
-    else:
-        network, names = _Features(model), ["features"]
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            network, tuple(value[:2] for value in inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=dynamic, input_names=list(inputs), output_names=names,
-        )  # fmt: skip
+        network = _Looking(model)
+    elif not model.num_classes:
+        network = _Features(model)
+    proto = graph_of(model, part)
+    with torch.no_grad():
         expected = network(*inputs.values())
-    assert program is not None
-    proto = program.model_proto  # made anew at each look
-    for node in proto.graph.node:
-        if node.op_type == "Reshape":  # its one attribute is allowzero: no size is ever 0, and onnx2torch knows it not
-            node.ClearField("attribute")
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = 0.0
     for n in (1, 5):
         found = session.run(None, {name: value[:n].numpy() for name, value in inputs.items()})
-        for ours, theirs in zip(expected if len(names) > 1 else [expected], found, strict=True):
+        for ours, theirs in zip(expected if part == "attention" else [expected], found, strict=True):
             difference = max(difference, float(np.abs(np.asarray(theirs) - ours[:n].numpy()).max()))
     if not difference <= TOLERANCE:
         raise RunError(f"the ONNX model differs from the original by {difference:.1e}; nothing was written")
