@@ -290,7 +290,7 @@ class PretrainConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     decoder_num_heads: int = 3
     """attention heads of the decoder"""
     knn_every: int = 1
-    """follow k-NN accuracy on validation every so many epochs, where there are labels; 0 is never"""
+    """follow k-NN accuracy and the features' effective rank every so many epochs, where there are labels; 0 is never"""
 
 
 @dataclass(frozen=True, kw_only=True)

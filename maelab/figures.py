@@ -227,8 +227,13 @@ def animation(file: Path, frames: Iterable[tuple[str, Any, Any, Any]]) -> None:
     write_atomically(file, lambda place: pictures[0].save(place, format="GIF", **more))
 
 
-_PANELS = ("loss", "knn_accuracy", "accuracy")  # in this order, then the others
-_TITLES = {"lr": "learning rate", "knn_accuracy": "k-NN accuracy", "masked_mse": "masked MSE"}
+_PANELS = ("loss", "knn_accuracy", "effective_rank", "accuracy")  # in this order, then the others
+_TITLES = {
+    "lr": "learning rate",
+    "knn_accuracy": "k-NN accuracy",
+    "effective_rank": "effective rank",
+    "masked_mse": "masked MSE",
+}
 
 
 def curves(file: Path, metrics: Sequence[dict[str, Any]], best_epoch: int = 0) -> None:

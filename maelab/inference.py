@@ -1,5 +1,6 @@
 """What a trained model says about images: features, neighbours, reconstructions, errors, probabilities."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -122,17 +123,37 @@ def knn_accuracy(
         queries: (M, D) with query_labels (M,).
         k: neighbours; at most N are used.
     """
-    centre = features.mean(dim=0)
-    features, queries = F.normalize(features - centre), F.normalize(queries - centre)
     classes = int(torch.cat([labels, query_labels]).max()) + 1
     right = 0
     for chunk, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        with torch.autocast(chunk.device.type, enabled=False):  # 8 bits of bf16 cannot tell near neighbours apart
-            similarity, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)  # (m, k)
+        similarity, nearest = neighbours(features, chunk, k)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
         right += int((votes.argmax(dim=1) == truth).sum())
     return right / len(queries)
+
+
+def neighbours(features: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest of features (N, D) for queries (M, D), by the cosine of centred features.
+
+    Returns:
+        similarity (M, k) in [-1, 1], falling, and place (M, k) among the N; at most N.
+    """
+    centre = features.mean(dim=0)
+    features, queries = F.normalize(features - centre), F.normalize(queries - centre)
+    with torch.autocast(queries.device.type, enabled=False):  # 8 bits of bf16 cannot tell near neighbours apart
+        return (queries @ features.T).topk(min(k, len(features)), dim=1)
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """How many directions features (N, D) spread over: exp of the entropy of their singular values' shares, between 1
+    and D (RankMe: Garrido et al. 2023, arXiv 2210.02885, section 3)."""
+    features = features.cpu().double()  # MPS has no float64
+    if not features.isfinite().all():
+        return math.nan
+    values = torch.linalg.eigvalsh(features.T @ features).clamp(min=0).sqrt()
+    shares = values / values.sum().clamp(min=1e-30) + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 def denormalise(model: MaskedAutoencoderViT, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from maelab.inference import (
     classification_scores,
     count_parameters,
     denormalise,
+    effective_rank,
     extract_features,
     knn_accuracy,
     masked_mse,
@@ -338,3 +339,16 @@ def test_too_little_memory_for_a_batch_changes_nothing_but_rounding(mnist_small,
     assert masked_mse(mae, data, 0.75, seed=3) == pytest.approx(expected[0], rel=1e-5)
     torch.testing.assert_close(class_probabilities(classes, data), expected[1])
     torch.testing.assert_close(extract_features(mae, data), expected[2])
+
+
+def test_the_effective_rank_counts_directions_that_are_used_alike():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 6))[0]  # (200, 6), columns orthonormal
+    assert effective_rank(basis) == pytest.approx(6, rel=1e-4)
+    assert effective_rank(basis[:, :1] * torch.ones(1, 5)) == pytest.approx(1, rel=1e-3)
+    values = torch.tensor([4.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    shares = [4 / 7, 2 / 7, 1 / 7]
+    expected = math.exp(-sum(share * math.log(share) for share in shares))
+    turned = basis * values @ torch.linalg.qr(torch.randn(6, 6))[0]
+    assert effective_rank(turned) == pytest.approx(expected, rel=1e-3), "whichever way the axes lie"
+    assert math.isnan(effective_rank(torch.full((3, 2), math.nan)))

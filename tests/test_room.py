@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {"config.json", "env.json", "metrics.jsonl", "result.json", "training.pt", "commit.json", "checkpoints"}
 NAMES |= {"sweep.json"}  # which is a sweep's own
 EXCEPTIONS = {  # (file, name): config.json of other libraries' models
-    ("maelab/export.py", "config.json"),
+    ("maelab/export/__init__.py", "config.json"),
     ("maelab/foreign/__init__.py", "config.json"),
     ("maelab/foreign/hugging_face.py", "config.json"),
 }

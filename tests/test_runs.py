@@ -288,7 +288,7 @@ def test_tensorboard_holds_every_epoch_once(maelab, data, tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     named = {f"train/{k}" for k in ("loss", "lr", "images_per_s", "seconds")}
-    named |= {f"val/{k}" for k in ("loss", "masked_mse", "knn_accuracy")}
+    named |= {f"val/{k}" for k in ("loss", "masked_mse", "knn_accuracy", "effective_rank")}
     assert set(events.Tags()["scalars"]) == named
     for name in named - {"train/images_per_s", "train/seconds"}:
         split, key = name.split("/")
@@ -454,10 +454,10 @@ def test_a_disk_too_full_for_the_pictures(maelab, whole, data, tmp_path):
     )
     ended = maelab.run(*line, cwd=tmp_path, largest_file=5000, drawn=True)
     assert ended.status == 0
-    assert ended.err.splitlines()[-2:] == [
+    assert ended.err.splitlines()[-3:] == [
         f"the picture {name}.png could not be drawn: cannot write run/figures/{name}.png: File too large;"
         " the result stands"
-        for name in ("reconstructions", "curves")
+        for name in ("reconstructions", "neighbours", "curves")
     ]
     assert result(tmp_path / "run") == result(whole(*PRETRAIN)) and not list((tmp_path / "run" / "figures").iterdir())
 

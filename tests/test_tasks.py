@@ -151,6 +151,8 @@ def test_following_knn_changes_nothing_else(digits_folder, tmp_path, monkeypatch
         config = autoencoder_config(digits_folder, epochs=2, limit=64, knn_every=every)
         _, result = pretrain.pretrain(config, options=options(tmp_path / str(every)))
         assert result["val"].pop("knn_accuracy", None) == (0.5 if every else None)
+        rank = result["val"].pop("effective_rank", None)
+        assert rank is not None and 1 < rank <= 32 if every else rank is None
         runs[every] = (tmp_path / str(every) / "checkpoints/last/model.safetensors").read_bytes(), result["val"]
     assert runs[0] == runs[1]
     assert asked == [[40, 40, 7, 7]] * 2, "never more images than that"
@@ -459,7 +461,7 @@ def test_a_classifier_cannot_reconstruct(classifier, tmp_path):
 
 def test_every_run_leaves_its_figures_as_png(autoencoder, classifier, probed):
     for run, names in (
-        (autoencoder, {"reconstructions.png", "curves.png"}),
+        (autoencoder, {"reconstructions.png", "neighbours.png", "curves.png"}),
         (classifier, {"curves.png", "predictions.png", "confusion.png"}),
         (probed[0], {"curves.png"}),
     ):

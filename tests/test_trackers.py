@@ -56,7 +56,7 @@ def test_wandb_stays_in_the_run_folder(command, maelab: Maelab, tmp_path):
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
     assert b"val/masked_mse" in log.read_bytes() and b"decoder_embed_dim" in log.read_bytes()
-    assert len(list((folder / "files" / "media" / "images" / "figures").glob("*.png"))) == 2
+    assert len(list((folder / "files" / "media" / "images" / "figures").glob("*.png"))) == 3
     assert (folder / "files" / "best" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -136,6 +136,7 @@ PANELS = {
     "pretrain": (
         ("val", "masked_mse", "masked MSE, validation"),
         ("val", "knn_accuracy", "k-NN accuracy, validation"),
+        ("val", "effective_rank", "effective rank of the features"),
         ("train", "loss", "training loss"),
     ),
     "finetune": (

@@ -18,7 +18,7 @@ from maelab.runs.files import final_name
 
 LOCK = ".maelab.lock"
 IMAGES = "images.list"
-FIGURES = ("curves", "reconstructions", "predictions", "confusion")
+FIGURES = ("curves", "reconstructions", "neighbours", "predictions", "confusion")
 EVENTS = ".maelab"  # ends the names of TensorBoard's files
 
 # Every file of a run folder, by name or pattern, in the order in which they are removed: config.json comes last, so

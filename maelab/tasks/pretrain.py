@@ -17,9 +17,11 @@ from maelab.inference import (
     caption,
     check_masking,
     count_parameters,
+    effective_rank,
     extract_features,
     knn_accuracy,
     masked_mse,
+    neighbours,
     reconstruct_images,
 )
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify
@@ -38,6 +40,7 @@ from maelab.weights import load_autoencoder
 # epoch of the recipe mnist, 0.34 s of 11.4 s on 2 cores with AMX.
 KNN_QUERIES, KNN_IMAGES = 1_000, 2_000
 PICTURED = 8
+RETRIEVED = 6, 8  # validation images, and neighbours of each, on a picture
 SHAPE = (
     "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "learned_pos_embed",
     "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
@@ -115,8 +118,8 @@ def pretrain(
     """Pretrain a masked autoencoder.
 
     Every `config.knn_every` epochs, where there are labels, the unmasked encoder is judged by k-NN: a fixed choice of
-    at most 1,000 validation images looks for its neighbours among at most 2,000 training images. It is followed, and
-    chooses nothing.
+    at most 1,000 validation images looks for its neighbours among at most 2,000 training images; and the effective rank
+    of all their features is measured. Both are followed, and choose nothing.
 
     Args:
         config: what to do, e.g. `maelab.recipes.pretrain_mnist()`.
@@ -174,7 +177,7 @@ def pretrain(
         def validate(model: Any, epoch: int) -> dict[str, float]:
             values = masked_mse(model, val_set, config.mask_ratio, config.split_seed)
             if following and epoch % config.knn_every == 0:
-                values["knn_accuracy"] = _knn(model, known, queries)
+                values |= _follow(model, known, queries)
             return values
 
         outcome = train(
@@ -197,7 +200,7 @@ def pretrain(
         with engine.autocast():
             train_scores = masked_mse(model, sample, config.mask_ratio, config.split_seed)
             if following and "knn_accuracy" not in outcome.val:  # the best epoch was not one of those
-                outcome.val["knn_accuracy"] = _knn(model, known, queries)
+                outcome.val.update(_follow(model, known, queries))
         result = {
             "task": "pretrain",
             "data": data.name,
@@ -225,6 +228,8 @@ def pretrain(
                 masked, rebuilt, error = reconstruct_images(model, shown, mask)
                 group = (caption(model, hidden, error), shown.cpu(), masked.cpu(), rebuilt.cpu())
                 figures.reconstructions(run.figure("reconstructions"), [group])
+            with figures.optional("the picture neighbours.png could not be drawn"):
+                figures.rows(run.figure("neighbours"), _neighbours(model, known, queries))
             with figures.optional("the picture curves.png could not be drawn"):
                 figures.curves(run.figure("curves"), read_metrics(folder))
             with figures.optional("the tracker did not get the whole outcome"):
@@ -233,6 +238,19 @@ def pretrain(
         return folder, result
 
 
-def _knn(model: MaskedAutoencoderViT, known: ImageSet, queries: ImageSet) -> float:
+def _follow(model: MaskedAutoencoderViT, known: ImageSet, queries: ImageSet) -> dict[str, float]:
     assert known.labels is not None and queries.labels is not None
-    return knn_accuracy(extract_features(model, known), known.labels, extract_features(model, queries), queries.labels)
+    features, asked = extract_features(model, known), extract_features(model, queries)
+    accuracy = knn_accuracy(features, known.labels, asked, queries.labels)
+    return {"knn_accuracy": accuracy, "effective_rank": effective_rank(torch.cat([features, asked]))}
+
+
+def _neighbours(model: MaskedAutoencoderViT, known: ImageSet, queries: ImageSet) -> list[list[tuple[str, Any]]]:
+    """Rows of a validation image and the training images that are nearest to it."""
+    queries = queries[torch.arange(min(RETRIEVED[0], len(queries)))]
+    similarity, places = neighbours(extract_features(model, known), extract_features(model, queries), RETRIEVED[1])
+    rows: list[list[tuple[str, Any]]] = []
+    for image, near, found in zip(scale(queries.images[:]), similarity.tolist(), places.cpu(), strict=True):
+        nearest = zip(near, scale(known[found].images[:]).cpu(), strict=True)
+        rows.append([("validation", image.cpu()), *((f"{cosine:.2f}", other) for cosine, other in nearest)])
+    return rows
