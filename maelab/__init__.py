@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maelab.tasks.reconstruct import reconstruct as reconstruct
     from maelab.training.checkpoint import load_model as load_model
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 # Where each public name lives; loaded on first use, so that `import maelab` and `maelab --help` need no torch.
 _HOME = {
