@@ -50,6 +50,7 @@ COMMANDS = {
     "attention": Command("maelab.tasks.attention:attention", printing.attention),
     "features": Command("maelab.tasks.features:features", printing.features),
     "similar": Command("maelab.tasks.similar:similar", printing.similar),
+    "map": Command("maelab.tasks.map:map_images", printing.mapped),
     "odd": Command("maelab.tasks.odd:odd", printing.odd),
     "sweep": Command("maelab.sweep:sweep", printing.swept, first="recipe"),
     "runs": Command("maelab.cli:runs", printing.runs, output=RunsOutput),

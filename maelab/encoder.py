@@ -1,8 +1,9 @@
-"""An encoder at work on image files: opened, told from others, and fed."""
+"""An encoder at work on image files: opened, told from others, and fed; and its features in a Parquet file."""
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -70,3 +71,33 @@ def readable(
             beat(done)
     if not done:
         raise RunError("no image could be read")
+
+
+def parquet_of(out: Path, columns: Mapping[str, Any], metadata: dict[str, str]) -> bytes:
+    """The content of a Parquet file of these columns, in which `features` (N, D) is a list of D numbers a row.
+
+    Raises:
+        UsageError: if pyarrow is missing; it names `out`.
+    """
+    pyarrow = pyarrow_for(out)
+    features = columns["features"]
+    flat = pyarrow.array(features.reshape(-1))
+    table = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1])}
+    table |= {name: pyarrow.array(column) for name, column in columns.items() if name != "features"}
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table, metadata=metadata), buffer)
+    return buffer.getvalue()
+
+
+def pyarrow_for(out: Path) -> Any:
+    """pyarrow, if it is installed.
+
+    Raises:
+        UsageError: if not; it names `out`.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"--out {out} needs pyarrow (pip install 'maelab[parquet]'); or choose .npz") from None
+    return pyarrow

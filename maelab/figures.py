@@ -4,6 +4,7 @@ matplotlib is imported where something is drawn: half a second that a prediction
 """
 
 import contextlib
+import io
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from maelab.errors import UsageError
 from maelab.names import short, visible
@@ -319,6 +320,25 @@ def rows(file: Path, pictures: Sequence[Sequence[tuple[str, Any]]]) -> None:
                 ax.imshow(to_picture(image), interpolation="nearest")
             ax.set_title(short(title, NAME), fontsize=7)
     save_figure(figure, file)
+
+
+def mosaic(file: Path, pictures: Sequence[bytes], places: np.ndarray, cells: int = 24, side: int = 56) -> None:
+    """Images where they belong on a square; of those that fall into one cell the first is drawn.
+
+    Args:
+        file: PNG to write.
+        pictures: PNG files of our own.
+        places: (N, 2) from 0 to 1: to the right and up.
+        cells: how many in a row.
+        side: of a cell, pixels.
+    """
+    square, inner = Image.new("RGB", (cells * side, cells * side), "white"), (side - 2, side - 2)
+    columns = np.minimum((places * cells).astype(int), cells - 1)
+    for first in np.unique(columns, axis=0, return_index=True)[1]:
+        shown = Image.open(io.BytesIO(pictures[first]))
+        shown = ImageOps.contain(shown, inner, Image.Resampling.NEAREST)
+        square.paste(shown, (columns[first, 0] * side + 1, (cells - 1 - columns[first, 1]) * side + 1))
+    write_atomically(file, lambda place: square.save(place, format="PNG"))
 
 
 def confusion(file: Path, counts: Any, class_names: Sequence[str]) -> None:

@@ -127,6 +127,12 @@ report = template("{report}")
 
 
 @lines
+def mapped(result: dict[str, Any]) -> Iterator[str]:
+    yield visible(f"{result['images']} images in {result['out']}; picture: {result['picture']}")
+    yield visible(f"open it: {result['open']}")
+
+
+@lines
 def similar(result: dict[str, Any]) -> Iterator[str]:
     for entry in result["found"]:
         yield visible(f"{entry['path']}: like")

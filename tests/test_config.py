@@ -41,6 +41,7 @@ READERS: dict[str, dict[str, list[str]]] = {
     "attention": {"options": [*ENGINE, "tasks/attention.py", "training/checkpoint.py"]},
     "features": {"options": [*ENGINE, "tasks/features.py"]},
     "similar": {"options": ENGINE},
+    "map": {"options": ENGINE},
     "odd": {"options": ENGINE},
 }
 HOLDERS = {"config", "cfg", "options", "self", "output"}  # names that a config goes by

@@ -165,7 +165,7 @@ def _crop_and_affine(draw: Callable[[int], torch.Tensor], H: int, W: int, cfg: A
     return torch.cat([matrix * zoom[:, None, :], shift[..., None]], dim=-1)
 
 
-_NODES = 14  # a side; what has been smoothed over two of their distances needs no more
+_NODES = 14  # a side; a smoothed field needs two nodes for each distance over which it was smoothed, and no more
 
 
 def _displacement(nodes: torch.Tensor, H: int, W: int, amount: float) -> torch.Tensor:

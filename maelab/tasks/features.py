@@ -12,7 +12,7 @@ import torch
 
 from maelab.config import DataOptions
 from maelab.data import ImageSet
-from maelab.encoder import encoder_of, open_encoder, readable
+from maelab.encoder import encoder_of, open_encoder, parquet_of, pyarrow_for, readable
 from maelab.errors import UsageError
 from maelab.inference import extract_features
 from maelab.names import encodable
@@ -57,7 +57,7 @@ def features(
     if out.suffix not in (".npz", ".parquet"):
         raise UsageError(f"--out {out}: give a name that ends in .npz or .parquet")
     if out.suffix == ".parquet":
-        _pyarrow(out)
+        pyarrow_for(out)
     if paths and data is not None:
         raise UsageError("give images or --data, not both")
     model, spec, engine = open_encoder(run, pool, options)
@@ -89,25 +89,13 @@ def features(
                 "class_names": np.array([encodable(name) for name in dataset.class_names]),
             }
     n, dim = columns["features"].shape
-    buffer = io.BytesIO()
     if out.suffix == ".npz":
+        buffer = io.BytesIO()
         np.savez(buffer, **columns)  # type: ignore[arg-type]
+        content = buffer.getvalue()
     else:
-        pyarrow = _pyarrow(out)
         names, encoder = columns.pop("class_names", np.array([])).tolist(), str(columns.pop("encoder"))
-        flat = pyarrow.array(columns.pop("features").reshape(-1))
-        table = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
-        table |= {name: pyarrow.array(column) for name, column in columns.items()}
         metadata = {"encoder": encoder} | ({"class_names": json.dumps(names)} if names else {})
-        pyarrow.parquet.write_table(pyarrow.table(table, metadata=metadata), buffer)
-    write_atomically(out, buffer.getvalue())
+        content = parquet_of(out, columns, metadata)
+    write_atomically(out, content)
     return {"run": str(run), "out": str(out), "images": n, "dim": dim, "unreadable": len(unreadable)}
-
-
-def _pyarrow(out: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(f"--out {out} needs pyarrow (pip install 'maelab[parquet]'); or choose .npz") from None
-    return pyarrow
