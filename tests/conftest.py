@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's `make test &`: every command would
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # one test process per core: see addopts in pyproject.toml
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
