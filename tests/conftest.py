@@ -29,7 +29,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's `make test &`: every command would
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell's `make test &`; commands inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # one test process per core: see addopts in pyproject.toml
     os.environ.setdefault("OMP_NUM_THREADS", "1")
