@@ -125,9 +125,9 @@ def knn_accuracy(
     """
     classes = int(torch.cat([labels, query_labels]).max()) + 1
     right = 0
-    for chunk, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarity, nearest = neighbours(features, chunk, k)
-        votes = torch.zeros(len(chunk), classes, device=chunk.device)
+    found = zip(*(x.split(1024) for x in (*neighbours(features, queries, k), query_labels)), strict=True)
+    for similarity, nearest, truth in found:
+        votes = torch.zeros(len(truth), classes, device=truth.device)
         votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
         right += int((votes.argmax(dim=1) == truth).sum())
     return right / len(queries)
@@ -142,7 +142,8 @@ def neighbours(features: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[t
     centre = features.mean(dim=0)
     features, queries = F.normalize(features - centre), F.normalize(queries - centre)
     with torch.autocast(queries.device.type, enabled=False):  # 8 bits of bf16 cannot tell near neighbours apart
-        return (queries @ features.T).topk(min(k, len(features)), dim=1)
+        found = [(chunk @ features.T).topk(min(k, len(features)), dim=1) for chunk in queries.split(1024)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -5,29 +5,22 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from hugging_face import randomize
 
 from maelab.data.decode import Reading
 from maelab.export import to_onnx
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.training.checkpoint import ModelSpec
 
-SMALL: dict[str, Any] = {
-    "img_size": (12, 20),
-    "patch_size": 4,
-    "in_chans": 2,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-}
-DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMALL: dict[str, Any] = dict(img_size=(12, 20), patch_size=4, in_chans=2, embed_dim=24, depth=2, num_heads=3)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 
 def checked(kind: type[VisionTransformer], part: str, **arguments: Any) -> onnx.ModelProto:
     torch.manual_seed(0)
     model = kind(**SMALL | arguments).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
+        randomize(model)
     spec = ModelSpec(kind.__name__, SMALL | arguments, "mnist", (), None, reading=Reading())
     content, difference = to_onnx(model, spec, part)
     assert difference < 5e-5

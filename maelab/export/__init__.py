@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
 
 import maelab
 from maelab.data import ImageSet
@@ -252,39 +251,17 @@ def _to_folder(model: VisionTransformer, spec: ModelSpec, out: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- ONNX
 
 
-class _Features(nn.Module):
-    """The encoder of an autoencoder, as `extract_features` uses it."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model.pool(self.model.forward_features(images), "avg")
-
-
-class _Autoencoder(nn.Module):
-    """All of an autoencoder, the choice of patches left to the caller."""
-
-    def __init__(self, model: MaskedAutoencoderViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor, ids_keep: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        latent = self.model.encode(self.model.to_patches(images), ids_keep)
-        return self.model.forward_decoder(latent, ids_restore)
-
-
-class _Looking(nn.Module):
-    """A classifier that also says where it looks."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rolled = attention_rollout(attention_maps(self.model, images))
-        return self.model(images), attention_to_patches(self.model, rolled)
+def _computed(model: VisionTransformer, part: str, images: torch.Tensor, *ids: torch.Tensor) -> list[torch.Tensor]:
+    """What the graph of `part` has to compute, by the model itself."""
+    if part == "autoencoder":
+        assert isinstance(model, MaskedAutoencoderViT)
+        return [model.forward_decoder(model.encode(model.to_patches(images), ids[0]), ids[1])]
+    if not model.num_classes:
+        return [model.pool(model.forward_features(images), "avg")]
+    logits = [model(images)]
+    if part == "attention":
+        logits.append(attention_to_patches(model, attention_rollout(attention_maps(model, images))))
+    return logits
 
 
 @contextlib.contextmanager
@@ -317,28 +294,22 @@ def to_onnx(model: VisionTransformer, spec: ModelSpec, part: str) -> tuple[bytes
     inputs = {"images": images}
     about: dict[str, Any] = {"class_names": spec.class_names, "preprocessing": _preprocessing(model, spec)}
     about["maelab"] = maelab.__version__
-    network: nn.Module = model
     if part == "autoencoder":
         assert isinstance(model, MaskedAutoencoderViT)
-        network = _Autoencoder(model)
         shuffled = torch.rand(5, model.num_patches, generator=generator).argsort(dim=1)
         kept = (model.num_patches + 1) // 2
         inputs |= {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
         about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
-    elif part == "attention":
-        network = _Looking(model)
-    elif not model.num_classes:
-        network = _Features(model)
     proto = graph_of(model, part)
     with torch.no_grad():
-        expected = network(*inputs.values())
+        expected = _computed(model, part, *inputs.values())
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in about.items()})
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = 0.0
     for n in (1, 5):
         found = session.run(None, {name: value[:n].numpy() for name, value in inputs.items()})
-        for ours, theirs in zip(expected if part == "attention" else [expected], found, strict=True):
+        for ours, theirs in zip(expected, found, strict=True):
             difference = max(difference, float(np.abs(np.asarray(theirs) - ours[:n].numpy()).max()))
     if not difference <= TOLERANCE:
         raise RunError(f"the ONNX model differs from the original by {difference:.1e}; nothing was written")
