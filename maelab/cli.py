@@ -123,7 +123,12 @@ def info(run: Path) -> dict[str, Any]:
 def _config(kind: Any, recipe: str, typed: dict[str, Any]) -> tuple[Any, str]:
     """The config of a recipe, changed by the fields that were typed, and the name for its run folder."""
     if kind is ProbeConfig:
-        return kind(**typed), Path(typed["init"]).name.replace(":", "-")
+        from maelab import runs
+
+        init, config = typed["init"], kind(**typed)
+        if config.data == "same":  # and so are the images to validate on, which the encoder did not see
+            config = kind(**{**runs.split_of(runs.locate(init)), **typed})
+        return config, Path(init).name.replace(":", "-")
     task = "pretrain" if kind is PretrainConfig else "finetune"
     config = replace(recipes.get(task, recipe), **typed)
     if recipe == "folder":

@@ -351,6 +351,10 @@ class ProbeConfig(LoopConfig, DataConfig):
     """features: the class token, or the mean of the patch tokens"""
     neighbours: int = 20
     """k of k-NN"""
+    epochs: int = 100
+    """passes over the training images"""
+    blr: float = 1e-2
+    """AdamW's base learning rate: the rate is blr * batch_size / 256"""
 
 
 @dataclass(frozen=True, kw_only=True)

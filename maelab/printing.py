@@ -200,7 +200,7 @@ def exported(result: dict[str, Any]) -> Iterator[str]:
         if "accuracy" in cost:
             yield f"int8: accuracy {cost['accuracy']:.4f} instead of {cost['float32_accuracy']:.4f} {where}"
         elif "relative_error" in cost:
-            yield f"int8: features off by {cost['relative_error']:.1%} {where}"
+            yield f"int8: off by {cost['relative_error']:.1%} {where}"
         else:
             yield f"int8: cost not measured: {cost['not_measured']}"
     yield result["out"]

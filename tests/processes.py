@@ -201,6 +201,7 @@ def _serve() -> None:
     import torch.utils.serialization.config  # noqa: F401
     from matplotlib.figure import Figure
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
+    from tensorboard.plugins.hparams import summary_v2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
     from maelab import figures, fitting  # noqa: F401

@@ -168,6 +168,13 @@ def test_probe(work):
     assert result["test"]["knn_accuracy"] > 0.2, "even after two epochs the features beat chance, 0.1"
 
 
+def test_a_probe_validates_on_what_the_run_held_out(work, maelab, digits_folder):
+    size = len(load(f"folder:{digits_folder}").train)
+    for typed, held_out in (((), 0.1), (("--val-fraction", 0.2), 0.2)):
+        line = ("probe", "scratch", *typed, "--epochs", 1, *CPU, "--json", "--out", f"probe-{held_out}")
+        assert maelab.run(*line, cwd=work).json()["train_images"] == size - size_of(digits_folder, "val", held_out)
+
+
 def test_evaluate_repeats_what_training_said(work, maelab, digits_folder):
     for split in ("test", "val"):
         n = size_of(digits_folder, split)

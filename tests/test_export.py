@@ -273,6 +273,27 @@ def test_int8_is_smaller_and_its_cost_is_measured(exported, digits_folder):
     }
 
 
+@pytest.mark.parametrize("part", ["autoencoder", "attention"])
+def test_other_parts_in_8_bits(part, digits_folder, tmp_path):
+    kind, other = MaskedAutoencoderViT if part == "autoencoder" else VisionTransformer, tmp_path / "float.onnx"
+    run, file = checkpoint(tmp_path / "run", kind, f"folder:{digits_folder}"), tmp_path / "a.onnx"
+    cost = export(run, out=file, part=part, int8=True)["int8"]
+    export(run, out=other, part=part)
+    assert file.stat().st_size < 0.7 * other.stat().st_size
+    if part == "attention":
+        assert cost["agreement"] > 0.9
+        return
+    assert 0 < cost["relative_error"] < 0.2
+    feed = {"images": images(2, 1, 28, 28).numpy()}
+    model: Any = load_model(run)[0]
+    shuffled = torch.rand(2, model.num_patches).argsort(dim=1)
+    feed |= {"ids_keep": shuffled[:, :3].numpy(), "ids_restore": shuffled.argsort(dim=1).numpy()}
+    import onnxruntime
+
+    ours, exact = (np.asarray(onnxruntime.InferenceSession(name).run(None, feed)[0]) for name in (file, other))
+    assert np.abs(ours - exact).max() < 0.2 * exact.std()
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_a_whole_autoencoder_in_onnx_rebuilds_from_whichever_patches_are_seen(class_token, tmp_path):
     import onnx
@@ -304,8 +325,6 @@ def test_a_whole_autoencoder_is_for_onnx_and_of_an_autoencoder(tmp_path):
         export(classifier, out=tmp_path / "a.onnx", part="autoencoder")
     with pytest.raises(UsageError, match="--part autoencoder goes with --format onnx, not hf"):
         export(mae, out=tmp_path / "hf", part="autoencoder", format="hf")
-    with pytest.raises(UsageError, match="--int8 goes with --part encoder"):
-        export(mae, out=tmp_path / "a.onnx", part="autoencoder", int8=True)
 
 
 def test_the_encoder_of_an_autoencoder_in_onnx(tmp_path, monkeypatch, capfd):

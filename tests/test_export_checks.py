@@ -44,7 +44,7 @@ def test_the_cost_of_8_bits_equals_a_loop_over_images():
     flat = scale(pixels).flatten(1).numpy()
     labels = (flat @ before).argmax(1) * (rng.random(300) < 0.8)  # what the first says, or class 0
     data = ImageSet(pixels, torch.from_numpy(labels))
-    found = _cost_of_int8(linear(before), linear(after), data, "val", 3)
+    found = _cost_of_int8(linear(before), linear(after), data, "val", 3, {})
     exact, ours = (flat @ before).argmax(1), (flat @ after).argmax(1)
     expected = {"images": 300, "split": "val"}
     expected |= {"accuracy": sum(ours == labels) / 300, "float32_accuracy": sum(exact == labels) / 300}
@@ -52,7 +52,7 @@ def test_the_cost_of_8_bits_equals_a_loop_over_images():
     assert found == pytest.approx(expected) and len({*found.values()}) == 5, "no two are equal by chance"
 
     for encoder in (ImageSet(pixels, None), data):
-        error = _cost_of_int8(linear(before), linear(after), encoder, "test", 3 * (encoder.labels is None))
+        error = _cost_of_int8(linear(before), linear(after), encoder, "test", 3 * (encoder.labels is None), {})
         rms = float(np.sqrt(((flat @ after - flat @ before) ** 2).mean() / ((flat @ before) ** 2).mean()))
         assert error == {"images": 300, "split": "test", "relative_error": pytest.approx(rms, rel=1e-4)}
 

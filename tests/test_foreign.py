@@ -248,6 +248,27 @@ def test_timm(form, tmp_path):
         torch.testing.assert_close(load_model(file)[0](images()), model(images()), rtol=0, atol=1e-6)
 
 
+def test_a_folder_of_timm_says_what_weights_do_not(tmp_path, capsys):
+    """Heads, activation and pooling, under the names of timm's config.json."""
+    model = VisionTransformer(**{**SHAPE, "embed_dim": 96, "num_heads": 3}, num_classes=3, learned_pos_embed=True)
+    randomize(model.eval())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps({"architecture": "x", "global_pool": "token", "model_args": {"num_heads": 3}}))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)[0](images()), model(images()), rtol=0, atol=1e-6)
+    said = capsys.readouterr().err
+    assert "attention heads" not in said and "class token assumed" not in said
+    for change, message in (
+        ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 96"),
+        ({"num_heads": 3, "act_layer": "relu"}, "has relu for an activation"),
+        ({"num_heads": 3, "global_pool": "map"}, "classifies from 'map'"),
+    ):
+        place.write_text(json.dumps({"model_args": change}))
+        with pytest.raises(MaelabError, match=message):
+            load_model(tmp_path)
+
+
 def test_timm_without_a_position_for_the_class_token(tmp_path):
     model = VisionTransformer(**SHAPE, num_classes=3, learned_pos_embed=True, global_pool="avg").eval()
     with torch.no_grad():

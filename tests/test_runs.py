@@ -14,6 +14,7 @@ from PIL import Image
 from processes import Maelab
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from maelab import cli
 from maelab.training import loop
@@ -284,18 +285,32 @@ def test_tensorboard_holds_every_epoch_once(maelab, data, tmp_path):
     line = (*PRETRAIN, *data, "--out", "run")
     assert maelab.run(*line, cwd=tmp_path, die=(SAVED, 2, "before")).status == -signal.SIGKILL
     assert maelab.run(*line, cwd=tmp_path).status == 0
-    assert len(list((tmp_path / "run").glob("events.*"))) == 2
+    assert len(list((tmp_path / "run").glob("events.*"))) == 3
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     named = {f"train/{k}" for k in ("loss", "lr", "images_per_s", "seconds")}
     named |= {f"val/{k}" for k in ("loss", "masked_mse", "knn_accuracy", "effective_rank")}
-    assert set(events.Tags()["scalars"]) == named
+    assert {tag for tag in events.Tags()["scalars"] if not tag.startswith("best/")} == named
     for name in named - {"train/images_per_s", "train/seconds"}:
         split, key = name.split("/")
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         written = [(row["epoch"], row[key]) for row in rows(tmp_path / "run") if row["split"] == split]
         assert [step for step, _ in logged] == [1, 2, 3]
         assert logged == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in written]
+
+
+def test_tensorboard_gets_hyperparameters_scores_and_pictures(maelab, data, tmp_path):
+    assert maelab.run(*FINETUNE, *data, "--out", "run", cwd=tmp_path, drawn=True).status == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for part in ("val", "test"):
+        (said,) = events.Scalars(f"best/{part}_accuracy")
+        assert said.value == pytest.approx(result(tmp_path / "run")[part]["accuracy"], rel=1e-6)
+    drawn = {f"figures/{file.stem}" for file in (tmp_path / "run" / "figures").iterdir()}
+    assert set(events.Tags()["images"]) == drawn != set()
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    asked = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert asked["depth"].number_value == 2 and asked["recipe"].string_value == "smoke"
 
 
 def test_patience_stops_early(whole):

@@ -385,6 +385,33 @@ def test_the_probe_is_a_linear_classifier_on_standardised_features(probed, autoe
     assert result["train_images"] == len(train_set)
 
 
+def test_the_probe_is_trained_until_it_is_as_good_as_logistic_regression(autoencoder, tmp_path):
+    """With few labels too, where an epoch has few steps."""
+    config = ProbeConfig(init=str(autoencoder), label_fraction=0.25, precision="fp32")
+    _, result = probe.probe(config, options=options(tmp_path / "run"))
+    data = load(json.loads((autoencoder / "config.json").read_text())["data"])
+    train_set, val_set = training_sets(data, config, config.label_fraction)
+    labels = train_set.labels
+    assert labels is not None and val_set.labels is not None
+    seen, unseen = (extract_features(model_of(autoencoder), part) for part in (train_set, val_set))
+    seen, unseen = ((rows - seen.mean(0)) / (seen.std(0) + 1e-6) for rows in (seen, unseen))
+    accuracies = []
+    for strength in (1.0, 0.1, 0.01, 0.001):
+        weight, bias = torch.zeros(10, seen.shape[1], requires_grad=True), torch.zeros(10, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(weight=weight, bias=bias, optimizer=optimizer, strength=strength) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(seen @ weight.T + bias, labels) + strength / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        right = (unseen @ weight.T + bias).argmax(1) == val_set.labels
+        accuracies.append(float(right.float().mean()))
+    assert result["val"]["accuracy"] > max(accuracies) - 0.05, accuracies
+
+
 def test_a_probe_for_the_class_token_needs_one(autoencoder, tmp_path):
     with pytest.raises(UsageError, match="has no class token; use --pool avg"):
         probe.probe(ProbeConfig(init=str(autoencoder), pool="token"), options=options(tmp_path / "run"))

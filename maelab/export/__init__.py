@@ -25,9 +25,10 @@ from maelab.export.graph import OPSET, graph_of
 from maelab.foreign import to_hugging_face
 from maelab.inference import attention_maps, attention_rollout, attention_to_patches
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
+from maelab.model.masks import len_keep
 from maelab.model.vit import LAYER_NORM_EPS, Block
 from maelab.names import encodable
-from maelab.runs import config_of, write_atomically, write_json
+from maelab.runs import split_of, write_atomically, write_json
 from maelab.training.checkpoint import ModelSpec, choose_part, load_matching_data, load_model, save_model
 from maelab.weights import PATCH_WEIGHT
 
@@ -83,8 +84,6 @@ def export(
         raise UsageError(f"--out {out}: the format is a file; give a name that ends in {ENDINGS[format]}")
     if (int8 or part != "encoder") and format != "onnx":
         raise UsageError(f"--{'int8' if int8 else f'part {part}'} goes with --format onnx, not {format}")
-    if int8 and part != "encoder":
-        raise UsageError("--int8 goes with --part encoder")
     model, spec = load_model(run)
     if part == "autoencoder" and not isinstance(model, MaskedAutoencoderViT):
         raise UsageError(f"{run} is no autoencoder, which --part autoencoder asks for")
@@ -107,8 +106,10 @@ def export(
         if int8:
             exact, content = content, _in_8_bits(content)
             try:
-                at_hand = _images_at_hand(spec, Path(run), data_dir)
-                result["int8"] = _cost_of_int8(exact, content, *at_hand, model.num_classes)
+                data, split = _images_at_hand(spec, Path(run), data_dir)
+                kept = len_keep(model.num_patches, spec.mask_ratio or 0.75)
+                ids = _some_patches(len(data), model.num_patches, kept) if part == "autoencoder" else {}
+                result["int8"] = _cost_of_int8(exact, content, data, split, model.num_classes, ids)
             except MaelabError as error:
                 result["int8"] = {"not_measured": str(error)}
         write_atomically(out, content)
@@ -296,9 +297,7 @@ def to_onnx(model: VisionTransformer, spec: ModelSpec, part: str) -> tuple[bytes
     about["maelab"] = maelab.__version__
     if part == "autoencoder":
         assert isinstance(model, MaskedAutoencoderViT)
-        shuffled = torch.rand(5, model.num_patches, generator=generator).argsort(dim=1)
-        kept = (model.num_patches + 1) // 2
-        inputs |= {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
+        inputs |= _some_patches(5, model.num_patches, (model.num_patches + 1) // 2)
         about |= {"patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
     proto = graph_of(model, part)
     with torch.no_grad():
@@ -328,12 +327,20 @@ def _in_8_bits(content: bytes) -> bytes:
         return files[1].read_bytes()
 
 
-def _run(content: bytes, images: torch.Tensor) -> np.ndarray:
-    """The output of an ONNX model for images (N, C, H, W), in batches."""
+def _some_patches(n: int, patches: int, kept: int) -> dict[str, torch.Tensor]:
+    """Of n images the patches to see, drawn at random: {"ids_keep" (n, kept), "ids_restore" (n, patches)}."""
+    shuffled = torch.rand(n, patches, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    return {"ids_keep": shuffled[:, :kept].contiguous(), "ids_restore": shuffled.argsort(dim=1)}
+
+
+def _run(content: bytes, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """The first output of an ONNX model for images (N, C, H, W) and what else it takes of each, in batches."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return np.concatenate([np.asarray(session.run(None, {"images": x.numpy()})[0]) for x in images.split(256)])
+    batches = zip(*(values.split(256) for values in inputs.values()), strict=True)
+    fed = ({name: value.numpy() for name, value in zip(inputs, batch, strict=True)} for batch in batches)
+    return np.concatenate([np.asarray(session.run(None, feed)[0]) for feed in fed])
 
 
 def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[ImageSet, str]:
@@ -345,22 +352,24 @@ def _images_at_hand(spec: ModelSpec, run: Path, data_dir: Path | None) -> tuple[
     """
     if data_dir is None and not spec.data.startswith("folder:") and not (cache_dir() / spec.data).is_dir():
         raise UsageError(f"{spec.data or 'its data set'} is not on this machine")
-    config = config_of(run)
-    split = "val" if "val_fraction" in config else "test"
+    split = "val" if split_of(run) else "test"
     part = choose_part(load_matching_data(spec, None, data_dir), split, run, spec.data)
     return part[torch.arange(min(len(part), MEASURED))], split
 
 
-def _cost_of_int8(exact: bytes, quantised: bytes, data: ImageSet, split: str, classes: int) -> dict[str, Any]:
-    """What 8 bits cost.
+def _cost_of_int8(
+    exact: bytes, quantised: bytes, data: ImageSet, split: str, classes: int, ids: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What 8 bits cost. `ids`: what a whole autoencoder takes beside images.
 
     Returns:
         {"images", "split"} and for a classifier "accuracy" (of int8), "float32_accuracy", "agreement" (share of the
-        images with the same answer), for an encoder "relative_error": RMS difference of features over their RMS.
+        images with the same answer), else "relative_error": RMS difference of the features, or of what an autoencoder
+        predicts, over their RMS.
     """
-    images = scale(data.images[:])
-    before, after = _run(exact, images), _run(quantised, images)
-    result: dict[str, Any] = {"images": len(images), "split": split}
+    inputs = {"images": scale(data.images[:]), **ids}
+    before, after = _run(exact, inputs), _run(quantised, inputs)
+    result: dict[str, Any] = {"images": len(data), "split": split}
     if not classes or data.labels is None:
         error = float(np.sqrt(np.square(after - before).mean() / np.square(before).mean()))
         return result | {"relative_error": error}

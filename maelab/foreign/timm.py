@@ -64,16 +64,20 @@ def read_timm(file: Path, config: dict[str, Any] | None = None) -> Foreign:
     try:
         state = fold_layer_scale(state)
         own = parse_json(metadata.get("maelab", "{}"))
+        asked = {**(config or {}), **(config or {}).get("model_args", {})}
         embed_dim = state[PATCH_WEIGHT].shape[0]
         guessed = WIDER_HEADS.get(embed_dim, 0 if embed_dim % 64 else embed_dim // 64)
-        num_heads = own["num_heads"] if own else guessed
+        num_heads = (own or asked).get("num_heads", guessed)
         if not num_heads:
             raise UsageError(
-                f"{file} does not say how many heads its blocks of width {embed_dim} have;"
-                " give a folder of transformers or of maelab export --format safetensors"
+                f"{file} does not say how many heads its blocks of width {embed_dim} have; lay it into a folder of its"
+                ' own with a config.json beside it, {"model_args": {"num_heads": N}}'
             )
+        if (activation := asked.get("act_layer", "gelu")) != "gelu":
+            raise UsageError(f"{file} has {activation} for an activation; maelab's models have GELU")
         if not own:
-            notes.append(f"{num_heads} attention heads, GELU and layer norms with 1e-6 assumed")
+            assumed = "" if "num_heads" in asked else f"{num_heads} attention heads, "
+            notes.append(f"{assumed}GELU and layer norms with 1e-6 assumed")
         tokens = state["pos_embed"].shape[1]
         no_embed_class = "reg_token" in state if own else math.isqrt(tokens) ** 2 == tokens
         if "cls_token" in state and no_embed_class:
@@ -92,7 +96,12 @@ def read_timm(file: Path, config: dict[str, Any] | None = None) -> Foreign:
             ratio = float(metadata["mask_ratio"])
         else:
             arguments |= classifier_arguments(state)
-            if not own and arguments["num_classes"] and arguments["global_pool"] == "token":
+            pool = arguments["global_pool"]
+            if not own and arguments["num_classes"] and asked.get("global_pool", pool) != pool:
+                raise UsageError(
+                    f"{file} classifies from {asked['global_pool']!r}, which maelab's models do not do with its norms"
+                )
+            if not own and arguments["num_classes"] and pool == "token" and "global_pool" not in asked:
                 notes.append("classification from the class token assumed")
         colours, said = _colours_of_timm(state, arguments, scaled, metadata, config)
         if not own:

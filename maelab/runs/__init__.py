@@ -27,6 +27,7 @@ from maelab.runs.ensure import (
     open_run,
     replace_collection,
     result_of,
+    split_of,
 )
 from maelab.runs.files import as_json, sha256, write_atomically, write_json
 from maelab.runs.folder import figure_of
@@ -85,6 +86,7 @@ __all__ = [
     "select",
     "settle",
     "sha256",
+    "split_of",
     "summaries",
     "summary",
     "sweep_of",

@@ -222,7 +222,7 @@ def saved_elsewhere(path: str | Path) -> bool:
         config = read_json(Path(path) / CONFIG, LARGEST_CONFIG)
     except RunError:  # for others to name
         return False
-    return "model_type" in config or "architecture" in config
+    return not {"model_type", "architecture", "model_args"}.isdisjoint(config)
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:

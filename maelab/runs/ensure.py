@@ -87,6 +87,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
+def split_of(folder: Path) -> dict[str, Any]:
+    """How a run told its validation images from those for training: fields of `DataConfig`; {} if it does not say."""
+    config = config_of(folder)
+    return {name: config[name] for name in ("val_fraction", "split_seed") if name in config}
+
+
 def result_of(folder: Path) -> dict[str, Any]:
     """The result of a run, {} of an unfinished one. Raises RunError if damaged."""
     return read_json(folder / RESULT)

@@ -26,11 +26,11 @@ from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.names import visible
 from maelab.runs import (
     as_json,
-    config_of,
     environment_of,
     find_checkpoint,
     listing_of,
     read_checkpoint,
+    split_of,
     write_atomically,
 )
 from maelab.runs.checkpoints import CONFIG, MODEL
@@ -195,7 +195,7 @@ def choose_part(data: Dataset, split: Literal["train", "val", "test"], run: Path
     Raises:
         UsageError: if there are none, or the run does not know them.
     """
-    config, before = config_of(run), listing_of(run)
+    before = listing_of(run)
     own = _same(data.name, trained_on) or (bool(before) and shared_images(before, data.listing) > 0)
     if own and before and (said := compare_images(before, data.listing)):
         print(visible(f"{data.name} has changed since {run} was trained: {said}"), file=sys.stderr)
@@ -210,9 +210,8 @@ def choose_part(data: Dataset, split: Literal["train", "val", "test"], run: Path
         if data.test is None:
             raise UsageError(f"{data.name} has no test images; use --split val")
         return data.test
-    if "val_fraction" not in config:
+    if not (cut := split_of(run)):
         raise UsageError(f"--split {split} needs a run folder: its config.json says which images were held out")
-    cut = {k: config[k] for k in ("val_fraction", "split_seed") if k in config}
     return training_sets(data, DataConfig(data=data.name, **cut))[split == "val"]
 
 

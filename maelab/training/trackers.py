@@ -49,6 +49,20 @@ class Events:
         scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(summary=self._summary.Summary(value=scalars), step=epoch)
 
+    def keep(self, config: Mapping[str, Any], scores: Mapping[str, float], figures: list[Path], epoch: int) -> None:
+        """Write what a run began with, for the tab of hyperparameters, what it came to, and its pictures."""
+        from tensorboard.plugins.hparams import summary_v2 as hparams
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        metrics = [hparams.Metric(name) for name in scores]
+        self._write(summary=hparams.hparams_config_pb([hparams.HParam(k) for k in plain], metrics))
+        self._write(summary=hparams.hparams_pb(plain))
+        self.log(scores, epoch)
+        for file in figures:
+            image = self._summary.Summary.Image(encoded_image_string=file.read_bytes(), colorspace=3)
+            value = self._summary.Summary.Value(tag=f"figures/{file.stem}", image=image)
+            self._write(summary=self._summary.Summary(value=[value]), step=epoch)
+
     def close(self) -> None:
         self._file.close()
 
@@ -159,9 +173,13 @@ def _wandb(folder: Path, about: dict[str, Any]) -> Tracker:
 
 
 def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -> None:
-    """Give a tracker, if there is one, what a finished run leaves beside its curves: scores, figures, best weights."""
-    if tracker is None:
-        return
-    scores = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
-    tracker.log({k: v for k, v in scores.items() if isinstance(v, float)}, result["epochs"])
-    tracker.keep(sorted((folder / "figures").glob("*.png")), find_checkpoint(folder).model.parent)
+    """Give TensorBoard, and a tracker if there is one, what a finished run leaves beside its curves: scores, figures,
+    and the tracker the best weights."""
+    found = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
+    scores, epoch = {k: v for k, v in found.items() if isinstance(v, float)}, result["epochs"]
+    figures = sorted((folder / "figures").glob("*.png"))
+    with contextlib.closing(Events(folder, purge_from=epoch + 1)) as events:
+        events.keep(config_of(folder), scores, figures, epoch)
+    if tracker is not None:
+        tracker.log(scores, epoch)
+        tracker.keep(figures, find_checkpoint(folder).model.parent)
