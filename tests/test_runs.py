@@ -308,6 +308,9 @@ def test_tensorboard_gets_hyperparameters_scores_and_pictures(maelab, data, tmp_
         assert said.value == pytest.approx(result(tmp_path / "run")[part]["accuracy"], rel=1e-6)
     drawn = {f"figures/{file.stem}" for file in (tmp_path / "run" / "figures").iterdir()}
     assert set(events.Tags()["images"]) == drawn != set()
+    (curves,) = events.Images("figures/curves")
+    with Image.open(tmp_path / "run" / "figures" / "curves.png") as picture:
+        assert picture.size == (curves.width, curves.height)
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     asked = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert asked["depth"].number_value == 2 and asked["recipe"].string_value == "smoke"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import struct
 import time
 import uuid
 import warnings
@@ -59,7 +60,9 @@ class Events:
         self._write(summary=hparams.hparams_pb(plain))
         self.log(scores, epoch)
         for file in figures:
-            image = self._summary.Summary.Image(encoded_image_string=file.read_bytes(), colorspace=3)
+            content = file.read_bytes()
+            width, height = struct.unpack(">II", content[16:24])  # where a PNG has them
+            image = self._summary.Summary.Image(encoded_image_string=content, width=width, height=height, colorspace=3)
             value = self._summary.Summary.Value(tag=f"figures/{file.stem}", image=image)
             self._write(summary=self._summary.Summary(value=[value]), step=epoch)
 
