@@ -53,7 +53,7 @@ _BOUNDS: tuple[tuple[Callable[[Any], bool], str, frozenset[str]], ...] = (
         "split_seed", "seed", "blr", "weight_decay", "warmup_epochs", "clip_grad", "muon_lr", "crop_padding",
         "affine_degrees", "affine_scale", "affine_shear", "affine_translate", "elastic", "color_jitter",
         "rand_augment_ops", "rand_augment_magnitude", "decoder_depth", "reg_tokens", "knn_every", "mixup", "cutmix",
-        "patience",
+        "patience", "unlabelled",
     })),
     (lambda n: 0 < n < 1, "lie between 0 and 1", frozenset({"val_fraction", "beta2", "mask_ratio"})),
     (lambda n: 0 <= n < 1, "lie in [0, 1)", frozenset({"ema_decay", "drop_path", "patch_drop"})),
@@ -307,6 +307,9 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     """when the grid of patches differs from --init: resample the position embedding, or start it anew"""
     label_fraction: float = 1.0
     """train on a seeded, class-balanced share of the labelled images"""
+    unlabelled: int = 0
+    """for each labelled image of a step learn from so many others as well, without a look at labels: from those of
+    which the averaged model is sure what they show (arXiv 2208.05688); needs --ema-decay; 0 is off"""
     reg_tokens: int = 0
     """registers: learned tokens that nothing is read from (arXiv 2309.16588)"""
     global_pool: Literal["token", "avg"] = "avg"
@@ -334,6 +337,7 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
         super().__post_init__()
         _require(self.class_token or self.global_pool == "avg", "--global-pool token needs --class-token")
         _require(self.class_token or not self.reg_tokens, "--reg-tokens needs --class-token")
+        _require(self.ema_decay > 0 or not self.unlabelled, "--unlabelled needs --ema-decay, such as 0.99")
         _require(self.keep == "best" or not self.patience, "--patience needs --keep best")
 
 

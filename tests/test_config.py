@@ -163,6 +163,7 @@ WRONG = [
     (FinetuneConfig, {"patience": 2, "keep": "last"}, "--patience needs --keep best"),
     (FinetuneConfig, {"patience": -1}, "--patience must be at least 0, got -1"),
     (FinetuneConfig, {"global_pool": "token", "class_token": False}, "--global-pool token needs --class-token"),
+    (FinetuneConfig, {"unlabelled": 2}, "--unlabelled needs --ema-decay, such as 0.99"),
     (ProbeConfig, {"neighbours": 0}, "--neighbours must be at least 1, got 0"),
     (ProbeConfig, {"label_fraction": 0.0}, "--label-fraction must be above 0"),
     (ComputeOptions, {"threads": 0}, "--threads must be at least 1, got 0"),

@@ -168,6 +168,18 @@ def test_every_option_resumes_exactly(command, monkeypatch, maelab, whole, data,
     assert_same(tmp_path / "run", whole(*command))
 
 
+def test_a_fine_tuning_with_images_without_labels_resumes_exactly(maelab, data, tmp_path):
+    few = ("--limit", 50, "--label-fraction", 0.2, "--unlabelled", 3, "--ema-decay", 0.8, "--epochs", 4)
+    line = (*(part for part in FINETUNE if part not in ("--limit", 96)), *few, *data)
+    assert maelab.run(*line, "--out", "run", cwd=tmp_path, die=(SAVED, 2, "before")).status == -signal.SIGKILL
+    for out in ("run", "whole"):
+        assert maelab.run(*line, "--out", out, cwd=tmp_path).status == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert all("sure" in row for row in rows(tmp_path / "run") if row["split"] == "train")
+    refused = maelab.run(*line, "--label-fraction", 1.0, "--out", "all", cwd=tmp_path).error()
+    assert "so --unlabelled adds nothing" in refused
+
+
 def test_a_probe_resumes_exactly(maelab, whole, data, tmp_path):
     line = ("probe", whole(*PRETRAIN), "--epochs", 4, *SMALL, "--kernels", "torch")
     assert maelab.run(*line, "--out", "run", cwd=tmp_path, die=(SAVED, 2, "before")).status == -signal.SIGKILL

@@ -136,6 +136,42 @@ def test_the_loop_of_a_fine_tuning_gets_its_patience_and_decay_and_smooths(digit
     assert min(abs(whole - float((k * smooth[0] + (16 - k) * smooth[1]) / 16)) for k in range(17)) < 1e-4
 
 
+def test_images_without_labels_teach_what_the_averaged_model_is_sure_of(digits_folder):
+    """A model that looks at ten pixels, and a teacher that looks at others, against a loop over images."""
+    changes: dict[str, Any] = {"batch_size": 8, "limit": None, "affine_degrees": 40.0, "ema_decay": 0.9}
+    config = replace(recipes.finetune_smoke(), data=f"folder:{digits_folder}", unlabelled=3, **changes)
+    data = load(config.data)
+    train_set, _ = training_sets(data, config, 0.2)
+    others, _ = training_sets(data, config)
+    step = finetune.make_step(config, train_set, 10, others)
+    assert step.teacher and len(others) > len(train_set)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0, 12, 9:19] * 2
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0, 9:19, 14] * 3
+
+    total = sure = 0.0
+    for part in (0, 1):
+        images, targets, varied, plain = step.batch(5, part, 2)
+        assert (len(images), len(varied), len(plain)) == (4, 12, 12)
+        assert not torch.equal(varied, plain)
+        assert all((scale(others.images[:]) == one).flatten(1).all(1).any() for one in plain)
+        expected = 0.0
+        for image, target in zip(images, targets, strict=True):
+            expected -= float((target * model(image[None])[0].log_softmax(0)).sum()) / 4
+        for seen, before in zip(varied, plain, strict=True):
+            certainty, guess = teacher(before[None])[0].softmax(0).max(0)
+            if certainty > finetune.SURE:
+                expected -= float(model(seen[None])[0].log_softmax(0)[guess]) / 12
+                sure += 1
+        found = step.loss(model, teacher, images, targets, varied, plain)
+        assert float(found["loss"]) == pytest.approx(expected, rel=1e-4)
+        total += float(found["sure"]) * 12
+    assert 0 < sure == pytest.approx(total) and sure < 24
+
+
 def test_the_picture_of_a_pretraining_hides_what_its_training_hides(digits_folder, tmp_path, drawn):
     config = replace(
         recipes.pretrain_smoke(), data=f"folder:{digits_folder}", mask_ratio=0.4, norm_pix_loss=True, knn_every=0,

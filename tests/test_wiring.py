@@ -98,7 +98,8 @@ CHANGES: dict[str, dict[str, Change]] = {
     "finetune": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
         "init": ("mae",), "adapt_patch_embed": ("reinit", {"init": "grey"}),
         "adapt_pos_embed": ("reinit", {"init": "mae", "img_size": (16, 16), "learned_pos_embed": True}),
-        "label_fraction": (0.5,), "class_weights": ("balanced", {"limit": 30}), "global_pool": ("token",),
+        "label_fraction": (0.5,), "unlabelled": (2, {"label_fraction": 0.5, "ema_decay": 0.5}),
+        "class_weights": ("balanced", {"limit": 30}), "global_pool": ("token",),
         "layer_decay": (0.3,), "drop_path": (0.5,), "reg_tokens": (2,),
         "patch_drop": (0.5,), "label_smoothing": (0.5,), "mixup": (0.8,), "cutmix": (0.8,),
         "patience": (1, {"blr": 0.0, "epochs": 4}), "keep": ("last", {"blr": 0.0, "epochs": 4}),

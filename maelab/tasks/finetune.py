@@ -27,6 +27,7 @@ from maelab.training.trackers import log_outcome
 from maelab.weights import load_encoder
 
 PICTURED = 24
+SURE = 0.8  # probability from which on the teacher's class is learned
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
@@ -81,29 +82,47 @@ def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return torch.where(count > 0, len(labels) / (num_classes * count.clamp(min=1)), 0.0).float()
 
 
-def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int) -> Step:
-    """A training step on `train_set`: its batch and loss."""
+def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int, others: ImageSet | None = None) -> Step:
+    """A training step on `train_set`: its batch and loss. `others`: what `unlabelled` means."""
     labels = train_set.labels
     assert labels is not None
-
     weight = balanced_weights(labels, num_classes) if config.class_weights == "balanced" else None
 
-    def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(step: int, part: int, parts: int) -> tuple[torch.Tensor, ...]:
         index = batch_index(len(train_set), config.batch_size, config.seed, step)
         generator = step_generator(config.seed, step)
         images = augment(train_set.images, index, config, generator, part, parts)
         truth = labels[to_device(rank_slice(index, part, parts), labels.device)]
-        return mix(
+        mixed = mix(
             images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,
             label_smoothing=config.label_smoothing, rank=part, world=parts,
         )  # fmt: skip
+        if others is None:
+            return mixed
+        index = batch_index(len(others), config.unlabelled * len(index), config.seed, step)
+        varied = augment(others.images, index, config, generator, part, parts)
+        plain = scale(others.images[to_device(rank_slice(index, part, parts), labels.device)])
+        return *mixed, varied, plain
 
     def loss(model: Any, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = model(images).float()  # (b, classes)
         right = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).float().mean()
         return {"loss": F.cross_entropy(logits, targets, weight), "accuracy": right}
 
-    return Step(batch, loss)
+    def loss_with_others(
+        model: Any, teacher: Any, images: torch.Tensor, targets: torch.Tensor, varied: torch.Tensor, plain: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """As `loss`, and for images as they are the class that the teacher is sure of, which the model has to find in
+        the same images varied (Cai et al. 2022, section 3.1)."""
+        with torch.no_grad():
+            certainty, guesses = teacher(plain).float().softmax(dim=1).max(dim=1)
+        sure = (certainty > SURE).float()
+        logits, of_others = model(torch.cat([images, varied])).float().split([len(images), len(varied)])
+        values = loss(lambda _: logits, images, targets)
+        values["loss"] = values["loss"] + (F.cross_entropy(of_others, guesses, weight, reduction="none") * sure).mean()
+        return {**values, "sure": sure.mean()}
+
+    return Step(batch, loss) if others is None else Step(batch, loss_with_others, teacher=True)
 
 
 @in_processes
@@ -153,8 +172,17 @@ def finetune(
         train_set, val_set = (
             part.to(engine.device) for part in training_sets(data, config, fraction=config.label_fraction)
         )
+        others = None
+        if config.unlabelled:
+            others = training_sets(data, config, unlabelled=True)[0].to(engine.device)
+            if data.unlabelled is None and config.label_fraction == 1:
+                raise UsageError(
+                    f"all images of {data.name} to train on have labels, so --unlabelled adds nothing: put those"
+                    " without a label into unlabelled/, or leave labels out by --label-fraction"
+                )
         say(
-            f"finetune on {data.name}: {len(train_set)} images, {len(val_set)} more for validation;"
+            f"finetune on {data.name}: {len(train_set)} images{f' with labels, {len(others)} without' if others else ''},"
+            f" {len(val_set)} more for validation;"
             f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
             f" {hardware}; {folder}"
@@ -169,7 +197,7 @@ def finetune(
             model=model,
             spec=spec,
             items=len(train_set),
-            step=make_step(config, train_set, num_classes),
+            step=make_step(config, train_set, num_classes, others),
             validate=lambda model, epoch: scores(model, val_set),
             metric="accuracy",
             higher_is_better=True,

@@ -51,10 +51,12 @@ class Step:
         loss: (model, *batch) -> {"loss": mean, ...}; further entries are averaged over the epoch and logged. It may
             call any method of the model, and nothing else of it: among several processes a stand-in is passed, see
             `Engine.joined`. On CUDA it is recorded once and replayed: it reads nothing back from the device.
+        teacher: whether `loss` takes the moving average of the model too, behind the model; needs `ema_decay`.
     """
 
     batch: Callable[[int, int, int], tuple[torch.Tensor, ...]]
     loss: Callable[..., dict[str, torch.Tensor]]
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     wide = torch.float64 if knows_float64(engine.device) else torch.float32  # of sums
     task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
     optimizers = build_optimizers(task.model, config, task.layer_decay, (engine.global_rank, engine.world_size))
-    average = copy.deepcopy(task.model).requires_grad_(False) if config.ema_decay else None
+    average = copy.deepcopy(task.model).requires_grad_(False).eval() if config.ema_decay else None
     move_average = get_ema_multi_avg_fn(config.ema_decay)
     judged = task.model if average is None else average
     position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
@@ -169,10 +171,11 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     capture = engine.captures and config.accumulate == 1
     keep_learning_rate(optimizers, engine.device if capture else None)
     model = engine.joined(task.model)
+    models = (model, average) if task.step.teacher else (model,)
 
     def gradients(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
         with engine.autocast():
-            values = task.step.loss(model, *batch)
+            values = task.step.loss(*models, *batch)
         (values["loss"] / config.accumulate).backward()
         return {name: value.detach() for name, value in values.items()}
 
