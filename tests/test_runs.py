@@ -168,16 +168,29 @@ def test_every_option_resumes_exactly(command, monkeypatch, maelab, whole, data,
     assert_same(tmp_path / "run", whole(*command))
 
 
-def test_a_fine_tuning_with_images_without_labels_resumes_exactly(maelab, data, tmp_path):
+def test_a_fine_tuning_with_images_without_labels_resumes_exactly(maelab, whole, data, tmp_path):
     few = ("--limit", 50, "--label-fraction", 0.2, "--unlabelled", 3, "--ema-decay", 0.8, "--epochs", 4)
+    few = (*few, "--init", whole(*FINETUNE))
     line = (*(part for part in FINETUNE if part not in ("--limit", 96)), *few, *data)
     assert maelab.run(*line, "--out", "run", cwd=tmp_path, die=(SAVED, 2, "before")).status == -signal.SIGKILL
     for out in ("run", "whole"):
         assert maelab.run(*line, "--out", out, cwd=tmp_path).status == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert all("sure" in row for row in rows(tmp_path / "run") if row["split"] == "train")
-    refused = maelab.run(*line, "--label-fraction", 1.0, "--out", "all", cwd=tmp_path).error()
-    assert "so --unlabelled adds nothing" in refused
+    for changes, message in (
+        (("--label-fraction", 1.0), "so --unlabelled adds nothing"),
+        (("--init", "none"), "begins from a classifier of the same classes, which --init none is not"),
+        (("--init", whole(*PRETRAIN)), "begins from a classifier of the same classes"),
+    ):
+        assert message in maelab.run(*line, *changes, "--out", "other", cwd=tmp_path).error()
+
+
+def test_images_without_labels_go_on_from_the_classifier(maelab, whole, data, tmp_path):
+    """With rates of zero it stays what it was, its head included."""
+    line = ("--init", whole(*FINETUNE), "--label-fraction", 0.2, "--unlabelled", 3, "--ema-decay", 0.8)
+    ended = maelab.run(*FINETUNE, *line, "--limit", 50, "--epochs", 1, "--blr", 0, *data, "--out", "run", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert result(tmp_path / "run")["val"]["accuracy"] == result(whole(*FINETUNE))["val"]["accuracy"]
 
 
 def test_a_probe_resumes_exactly(maelab, whole, data, tmp_path):

@@ -26,13 +26,15 @@ TIMES = {"train_time_s", "images_per_s", "seconds"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where things lie: two folders of images, and runs of autoencoders: `mae`, `other` of another seed, `grey`."""
+    """Where things lie: two folders of images, runs of autoencoders (`mae`, `other` of another seed, `grey`) and of
+    a `classifier`."""
 
     images: str
     others: str
     mae: str
     other: str
     grey: str
+    classifier: str
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,10 @@ def place(cifar_small, tmp_path_factory: pytest.TempPathFactory) -> Place:
         for name, data, seed in (("mae", "images", 0), ("other", "images", 5), ("grey-mae", "grey", 0)):
             config = replace(PRETRAIN, data=f"folder:{root / data}", seed=seed)
             pretrain(config, options=RunOptions(out=root / name, device="cpu", threads=1))
+        tuning = replace(FINETUNE, data=f"folder:{root / 'images'}")
+        finetune(tuning, options=RunOptions(out=root / "classifier", device="cpu", threads=1))
     folders = [f"folder:{root / name}" for name in ("images", "others")]
-    return Place(*folders, *(str(root / name) for name in ("mae", "other", "grey-mae")))
+    return Place(*folders, *(str(root / name) for name in ("mae", "other", "grey-mae", "classifier")))
 
 
 def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
@@ -98,7 +102,7 @@ CHANGES: dict[str, dict[str, Change]] = {
     "finetune": DATA | READING | LOOP | MUON | SHAPE | AUGMENT | {
         "init": ("mae",), "adapt_patch_embed": ("reinit", {"init": "grey"}),
         "adapt_pos_embed": ("reinit", {"init": "mae", "img_size": (16, 16), "learned_pos_embed": True}),
-        "label_fraction": (0.5,), "unlabelled": (2, {"label_fraction": 0.5, "ema_decay": 0.5}),
+        "label_fraction": (0.5,), "unlabelled": (2, {"label_fraction": 0.5, "ema_decay": 0.5, "init": "classifier"}),
         "class_weights": ("balanced", {"limit": 30}), "global_pool": ("token",),
         "layer_decay": (0.3,), "drop_path": (0.5,), "reg_tokens": (2,),
         "patch_drop": (0.5,), "label_smoothing": (0.5,), "mixup": (0.8,), "cutmix": (0.8,),

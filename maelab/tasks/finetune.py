@@ -161,6 +161,16 @@ def finetune(
     if source is not None:
         assert isinstance(source, VisionTransformer)
         adapted = load_encoder(model, source, patch_embed=config.adapt_patch_embed, pos_embed=config.adapt_pos_embed)
+    if config.unlabelled:  # the teacher has to know something from the start
+        given = {} if source is None or init is None or init.class_names != data.class_names else source.state_dict()
+        head = {name: value for name, value in given.items() if name.startswith(("head.", "fc_norm."))}
+        if not head.keys() >= {name for name in model.state_dict() if name.startswith(("head.", "fc_norm."))}:
+            raise UsageError(
+                f"--unlabelled begins from a classifier of the same classes, which --init {config.init} is not:"
+                " fine-tune without it first, and name that run"
+            )
+        model.load_state_dict(head, strict=False)
+        adapted.append("head kept")
     hardware = prepare(model, engine, options)
     begun_from = environment(hardware, data.checksums, source)
     with open_task(engine, "finetune", recipe, config, options, begun_from, data.listing) as (run, tracker):
@@ -181,8 +191,8 @@ def finetune(
                     " without a label into unlabelled/, or leave labels out by --label-fraction"
                 )
         say(
-            f"finetune on {data.name}: {len(train_set)} images{f' with labels, {len(others)} without' if others else ''},"
-            f" {len(val_set)} more for validation;"
+            f"finetune on {data.name}: {len(train_set)} images{f' with labels, {len(others)} without' if others else ''}"
+            f", {len(val_set)} more for validation;"
             f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
             f" {hardware}; {folder}"
