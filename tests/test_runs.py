@@ -14,7 +14,7 @@ from PIL import Image
 from processes import Maelab
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from maelab import cli
 from maelab.training import loop
@@ -337,7 +337,7 @@ def test_tensorboard_gets_hyperparameters_scores_and_pictures(maelab, data, tmp_
     with Image.open(tmp_path / "run" / "figures" / "curves.png") as picture:
         assert picture.size == (curves.width, curves.height)
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    asked = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    asked = parse_session_start_info_plugin_data(content).hparams
     assert asked["depth"].number_value == 2 and asked["recipe"].string_value == "smoke"
 
 

@@ -190,9 +190,9 @@ def finetune(
                     f"all images of {data.name} to train on have labels, so --unlabelled adds nothing: put those"
                     " without a label into unlabelled/, or leave labels out by --label-fraction"
                 )
+        also = f" with labels, {len(others)} without" if others else ""
         say(
-            f"finetune on {data.name}: {len(train_set)} images{f' with labels, {len(others)} without' if others else ''}"
-            f", {len(val_set)} more for validation;"
+            f"finetune on {data.name}: {len(train_set)} images{also}, {len(val_set)} more for validation;"
             f" {len(data.class_names)} classes; {count_parameters(model) / 1e6:.2f}M parameters from"
             f" {'scratch' if config.init == 'none' else config.init}{''.join(f'; {a}' for a in adapted)};"
             f" {hardware}; {folder}"
