@@ -388,6 +388,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (state_of() | {"blocks.0.mlp.w12.weight": torch.ones(64)}, "has gated MLPs"),
         (state_of() | {"blocks.999999999.x": torch.ones(1)}, "blocks.999999999 without"),
         (state_of() | {"pos_embed": torch.ones(1, 18, 64)}, "17 positions, no square, and does not say how high"),
+        (state_of() | {"norm.bias": torch.full((64,), torch.nan)}, "norm.bias has values that are no numbers"),
         (state_of(embed_dim=96), "does not say how many heads its blocks of width 96 have"),
         (state_of() | {"blocks.1.mlp.fc1.weight": torch.ones(10**6)}, "size mismatch for blocks.1.mlp.fc1.weight"),
     ],

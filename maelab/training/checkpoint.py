@@ -133,6 +133,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelSpec]:
             warnings.simplefilter("ignore")  # of widths of 0, which fit nothing
             model = spec.build()
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        for name, tensor in model.state_dict().items():
+            if not torch.isfinite(tensor).all():  # neighbours of nan are anyone's, and no error follows
+                raise ValueError(f"{name} has values that are no numbers")
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, TypeError, RuntimeError, ArithmeticError, safetensors.SafetensorError) as error:
