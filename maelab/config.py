@@ -308,9 +308,9 @@ class FinetuneConfig(Augment, BlocksConfig, EncoderConfig, ReadingConfig, DataCo
     label_fraction: float = 1.0
     """train on a seeded, class-balanced share of the labelled images"""
     unlabelled: int = 0
-    """for each labelled image of a step learn from so many others as well, without a look at labels: from those of
-    which the averaged model is sure what they show (arXiv 2208.05688); needs --ema-decay, and --init a classifier of
-    the same classes to begin with; 0 is off"""
+    """for each labelled image of a step learn from so many others as well, without a look at labels, the more the surer
+    the averaged model is of what they show (arXiv 2208.05688); needs --ema-decay, and --init a classifier of the same
+    classes to begin with; 0 is off"""
     reg_tokens: int = 0
     """registers: learned tokens that nothing is read from (arXiv 2309.16588)"""
     global_pool: Literal["token", "avg"] = "avg"

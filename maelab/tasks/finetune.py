@@ -27,7 +27,6 @@ from maelab.training.trackers import log_outcome
 from maelab.weights import load_encoder
 
 PICTURED = 24
-SURE = 0.8  # probability from which on the teacher's class is learned
 
 
 def with_encoder_of(config: FinetuneConfig, init: ModelSpec) -> FinetuneConfig:
@@ -112,11 +111,12 @@ def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int, oth
     def loss_with_others(
         model: Any, teacher: Any, images: torch.Tensor, targets: torch.Tensor, varied: torch.Tensor, plain: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """As `loss`, and for images as they are the class that the teacher is sure of, which the model has to find in
-        the same images varied (Cai et al. 2022, section 3.1)."""
+        """As `loss`, and what the teacher says of images as they are, the model has to find in the same images varied
+        (Cai et al. 2022, section 3.1). An image weighs as much as the teacher prefers its class to the second: a limit
+        of certainty, as they have, shuts out all images where smoothed or mixed labels taught it to be modest."""
         with torch.no_grad():
-            certainty, guesses = teacher(plain).float().softmax(dim=1).max(dim=1)
-        sure = (certainty > SURE).float()
+            best, guesses = teacher(plain).float().softmax(dim=1).topk(2)  # (b, 2): the two most probable classes
+            sure, guesses = best[:, 0] - best[:, 1], guesses[:, 0]
         logits, of_others = model(torch.cat([images, varied])).float().split([len(images), len(varied)])
         values = loss(lambda _: logits, images, targets)
         values["loss"] = values["loss"] + (F.cross_entropy(of_others, guesses, weight, reduction="none") * sure).mean()
