@@ -1,6 +1,7 @@
 """Pretraining, fine-tuning, probing, evaluation and reconstruction on real images, in one process."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -318,6 +319,24 @@ def test_a_share_of_the_labels_is_balanced(digits_folder, tmp_path, monkeypatch)
     every, some = (training_sets(data, config, fraction=fraction)[0].labels for fraction in (1.0, 0.25))
     assert every is not None and some is not None and seen == [len(every), len(some)]
     assert (some.bincount() - every.bincount() / 4).abs().max() <= 0.5
+
+
+def test_images_in_unlabelled_are_learned_from_too(classifier, digits_folder, tmp_path, capsys):
+    """Every second digit loses its label."""
+    few = tmp_path / "few"
+    shutil.copytree(digits_folder, few)
+    (few / "unlabelled").mkdir()
+    for file in sorted(few.glob("*/*.png"))[::2]:
+        file.rename(few / "unlabelled" / f"{file.parent.name}-{file.name}")
+    left = len(list((few / "unlabelled").iterdir()))
+    config = classifier_config(few, init=str(classifier), epochs=1, unlabelled=2, ema_decay=0.9)
+    run, result = finetune.finetune(config, options=options(tmp_path / "run"))
+    labelled = training_sets(load(config.data), config)[0]
+    assert result["train_images"] == len(labelled) and result["adapted"] == ["head kept"]
+    said = f"{len(labelled)} images with labels, {len(labelled) + left} without"
+    assert said in capsys.readouterr().err
+    (train, _) = (json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines())
+    assert 0 < train["sure"] < 1
 
 
 def test_without_labels_there_is_nothing_to_fine_tune_for(digits_folder, tmp_path):
