@@ -198,7 +198,7 @@ def choose_part(data: Dataset, split: Literal["train", "val", "test"], run: Path
     Raises:
         UsageError: if there are none, or the run does not know them.
     """
-    before = listing_of(run)
+    cut, before = split_of(run), listing_of(run)
     own = _same(data.name, trained_on) or (bool(before) and shared_images(before, data.listing) > 0)
     if own and before and (said := compare_images(before, data.listing)):
         print(visible(f"{data.name} has changed since {run} was trained: {said}"), file=sys.stderr)
@@ -213,7 +213,7 @@ def choose_part(data: Dataset, split: Literal["train", "val", "test"], run: Path
         if data.test is None:
             raise UsageError(f"{data.name} has no test images; use --split val")
         return data.test
-    if not (cut := split_of(run)):
+    if not cut:
         raise UsageError(f"--split {split} needs a run folder: its config.json says which images were held out")
     return training_sets(data, DataConfig(data=data.name, **cut))[split == "val"]
 
