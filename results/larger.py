@@ -10,7 +10,7 @@ writes a folder for `maelab fit`: 10,000 training images, 900 of them with their
     python results/larger.py frozen WORK/bands ENCODER
 
 says how far the features of an encoder carry as they are, by k-NN and logistic regression on the labelled images. An
-encoder of three channels sees the first three principal components of the bands, at 112 x 112.
+encoder of patches of 14 sees them at 112 x 112, and of bands the first three principal components.
 """
 
 import sys
@@ -69,11 +69,13 @@ def frozen(folder: Path, encoder: str) -> None:
     torch.set_num_threads(1)
     model, spec = load_model(encoder)
     assert isinstance(model, VisionTransformer)
-    data = load(f"folder:{folder}", img_size=model.img_size if model.in_chans == BANDS else (28, 28))
+    large = model.patch_size == 14
+    bands = folder.name == "bands"
+    data = load(f"folder:{folder}", img_size=model.img_size if not large else (28, 28) if bands else (112, 112))
     assert data.test is not None
     parts = [*training_sets(data, DataConfig(data=data.name, val_fraction=0.2)), data.test]
-    if model.in_chans == 3:
-        parts, source = in_three(parts, 112), model
+    if large:
+        parts, source = in_three(parts, 112) if bands else parts, model
         model = VisionTransformer(**{**spec.arguments, "img_size": (112, 112), "num_classes": 0})
         load_encoder(model, source)
     known, wanted, truth = (part.labels for part in parts)
