@@ -1,5 +1,6 @@
 """What `maelab fit` concludes, from results whose numbers all differ, without training anything."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from maelab import recipes
 from maelab.config import RunOptions
 from maelab.data.folder import Found
 from maelab.fitting import verdict
@@ -246,6 +248,22 @@ def test_what_to_do_next_follows_from_the_figures(tmp_path):
     long = {"finetune": {**PLAN["finetune"], "epochs": 60}, "class_weights": "balanced", "init": "hf:name"}
     following = said_of(confusion, tmp_path, found(), **long)[1]
     assert following == f"To use it: maelab predict {tmp_path}/finetune IMAGE..."
+    config = dataclasses.asdict(recipes.finetune_folder(2_000, 32))
+    given = {"finetune": {**config, "data": "folder:/images", "epochs": 60}}
+    for count in (1_940, 1_939):
+        following = said_of(confusion, tmp_path, found(unlabelled=count), **long | given)[1]
+        flags = (
+            "--init",
+            f"{tmp_path}/finetune",
+            "--data",
+            "folder:/images",
+            "--unlabelled",
+            "4",
+            "--ema-decay",
+            "0.98",
+        )
+        line = following.partition(f"learns from the {count} images without labels by maelab finetune ")[2].split()
+        assert set(flags) <= set(line) if count == 1_940 else not line
     assert "more images for testing" in said_of([[9, 1, 0], [0, 9, 0], [0, 0, 9]], tmp_path)[1]
 
 

@@ -16,6 +16,7 @@ from maelab.inference import class_probabilities
 from maelab.model import VisionTransformer
 from maelab.names import shell_word
 from maelab.report import build_page
+from maelab.runs.commands import command
 from maelab.tasks.reconstruct import reconstruct
 from maelab.training.checkpoint import load_matching_data, load_model
 from maelab.training.parallel import prepare, start_engine
@@ -252,6 +253,17 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
     height, width = plan["finetune"]["img_size"]
     if found.side >= _SHRUNK * min(height, width):
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
+    if found.unlabelled >= found.labelled and result["better_than_guessing"]:
+        config = plan["transfer" if result["chosen"] == "transfer" else "finetune"]
+        config = {
+            **config,
+            "task": "finetune",
+            "init": result["model"],
+            "limit": None,
+            "unlabelled": 4,
+            "ema_decay": 0.98,
+        }
+        tries.append(f"what it learns from the {found.unlabelled} images without labels by {command(config)}")
     if found.channels == 3 and plan.get("init", "none") == "none":
         tries.append("weights from larger data, if these are photographs: --init hf:facebook/dinov2-small")
     trained = found.classes.values()
