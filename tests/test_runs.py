@@ -374,7 +374,7 @@ def test_a_complete_run_is_replaced_only_when_asked(maelab, whole, data, tmp_pat
     again = maelab.run(*line, "--seed", 1, "--overwrite", cwd=tmp_path)
     assert again.status == 0 and f"going on from step {2 * STEPS} of" in again.err, "the same command still resumes"
     assert_same(run, whole(*PRETRAIN, "--seed", 1))
-    assert len(list(run.glob("events.*"))) == 2, "none of the first run"
+    assert len(list(run.glob("events.*"))) == 3, "one of each process, one of the outcome, none of the first run"
 
 
 def test_another_config_is_refused_and_named(maelab, data, tmp_path):
