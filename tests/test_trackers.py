@@ -1,17 +1,20 @@
 """Runs as MLflow and Weights & Biases have them: real processes, and what their own readers find afterwards."""
 
 import builtins
+import json
 import signal
 
 import mlflow
 import pytest
+from PIL import Image
 from processes import Maelab
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maelab.config import RunOptions
 from maelab.errors import UsageError
 from maelab.runs import read_json, read_metrics
 from maelab.training.parallel import start_engine
-from maelab.training.trackers import open_tracker
+from maelab.training.trackers import log_outcome, open_tracker
 
 
 @pytest.fixture
@@ -73,3 +76,16 @@ def test_a_missing_tracker_is_one_line_that_names_the_extra(monkeypatch, tmp_pat
     engine = start_engine(RunOptions(device="cpu"))
     with pytest.raises(UsageError, match=r"maelab\[trackers\]"), open_tracker("mlflow", tmp_path, engine):
         pass
+
+
+def test_tensorboard_gets_names_that_are_no_text_and_no_picture_of_somebody_else(tmp_path, capsys):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_text("private")
+    Image.new("RGB", (30, 20)).save(tmp_path / "figures" / "curves.png")
+    (tmp_path / "config.json").write_text(json.dumps({"task": "finetune", "data": "folder:/caf\udce9"}))
+    log_outcome(None, tmp_path, {"epochs": 1, "test": {"accuracy": 0.5}})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["images"] == ["figures/curves"]
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"folder:/caf\\xe9" in content

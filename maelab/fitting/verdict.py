@@ -255,15 +255,8 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
     if found.unlabelled >= found.labelled and result["better_than_guessing"]:
         config = plan["transfer" if result["chosen"] == "transfer" else "finetune"]
-        config = {
-            **config,
-            "task": "finetune",
-            "init": result["model"],
-            "limit": None,
-            "unlabelled": 4,
-            "ema_decay": 0.98,
-        }
-        tries.append(f"what it learns from the {found.unlabelled} images without labels by {command(config)}")
+        changes = {"task": "finetune", "init": result["model"], "limit": None, "unlabelled": 4, "ema_decay": 0.98}
+        tries.append(f"what it learns from the {found.unlabelled} images without labels by {command(config | changes)}")
     if found.channels == 3 and plan.get("init", "none") == "none":
         tries.append("weights from larger data, if these are photographs: --init hf:facebook/dinov2-small")
     trained = found.classes.values()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from maelab.errors import UsageError
+from maelab.names import encodable
 from maelab.runs import config_of, find_checkpoint, read_json, write_json
 from maelab.runs.ensure import Ranks
-from maelab.runs.folder import EVENTS
+from maelab.runs.folder import EVENTS, FIGURES, figure_of
 
 
 class Tracker(Protocol):
@@ -54,7 +55,7 @@ class Events:
         """Write what a run began with, for the tab of hyperparameters, what it came to, and its pictures."""
         from tensorboard.plugins.hparams import summary_v2 as hparams
 
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        plain = {k: v if isinstance(v, bool | int | float) else encodable(str(v)) for k, v in config.items()}
         metrics = [hparams.Metric(name) for name in scores]
         self._write(summary=hparams.hparams_config_pb([hparams.HParam(k) for k in plain], metrics))
         self._write(summary=hparams.hparams_pb(plain))
@@ -180,7 +181,7 @@ def log_outcome(tracker: Tracker | None, folder: Path, result: dict[str, Any]) -
     and the tracker the best weights."""
     found = {f"best/{part}_{k}": v for part in ("val", "test") for k, v in result.get(part, {}).items()}
     scores, epoch = {k: v for k, v in found.items() if isinstance(v, float)}, result["epochs"]
-    figures = sorted((folder / "figures").glob("*.png"))
+    figures = [file for name in FIGURES if (file := figure_of(folder, name)).is_file()]
     with contextlib.closing(Events(folder, purge_from=epoch + 1)) as events:
         events.keep(config_of(folder), scores, figures, epoch)
     if tracker is not None:
