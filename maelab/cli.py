@@ -40,6 +40,7 @@ class Command:
 
 COMMANDS = {
     "data": Command("maelab.cli:data", printing.data),
+    "data shard": Command("maelab.cli:shard", printing.sharded, begins="maelab data shard: looking at files"),
     "pretrain": Command("maelab.tasks.pretrain:pretrain", printing.pretrained, first="recipe"),
     "finetune": Command("maelab.tasks.finetune:finetune", printing.finetuned, first="recipe"),
     "fit": Command("maelab.fitting:fit", printing.fitted, begins="maelab fit: looking at the images"),
@@ -76,6 +77,30 @@ def data(names: Sequence[str], *, data_dir: Path | None = None) -> dict[str, Any
     from maelab.data import obtain
 
     return {"data": {name: str(obtain(name, data_dir)) for name in names}}
+
+
+def shard(
+    folder: Path, out: Path, *, labels: str | None = None, group: str | None = None, shard_mb: int = 256
+) -> dict[str, Any]:
+    """Write the images of a folder into shards, for training on more than fits into memory.
+
+    OUT is then a folder of images like any other: maelab fit OUT, or --data folder:OUT. Each image is decoded once to
+    see that it can be; its bytes are kept as they are. OUT appears when all is written, and not before.
+
+    Args:
+        folder: images, in any layout that a folder may have; or an archive, or a table of them.
+        out: folder to write, new or empty.
+        labels: table with the classes, PATH or PATH:COLUMN; None takes labels.csv or metadata.csv in the folder.
+        group: keep images together on one side of every split: a column of that table, or a regular expression for
+            what their paths share, such as 'video_[0-9]+'.
+        shard_mb: megabytes of a shard, about.
+
+    Returns:
+        See `maelab.data.sharding.shard`.
+    """
+    from maelab.data import sharding
+
+    return sharding.shard(folder, out, labels=labels, group=group, shard_mb=shard_mb)
 
 
 def runs(
@@ -188,6 +213,8 @@ def signature(name: str, words: Sequence[str] = ()) -> Signature:
 
 def _run(words: Sequence[str]) -> None:
     name, *rest = words or ["--help"]
+    if f"{name} {rest[:1] and rest[0]}" in COMMANDS:
+        name, *rest = f"{name} {rest[0]}", *rest[1:]
     if name in ("-h", "--help", "help"):
         print(f"{maelab.__doc__}\n\nusage: maelab COMMAND ...; maelab COMMAND --help says more\n")
         for found in map(signature, COMMANDS):

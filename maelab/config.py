@@ -398,6 +398,9 @@ class RunOptions(DataOptions):
     """processes, one device each"""
     num_nodes: int = 1
     """machines"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """of several processes: each has the whole model (ddp), or weights, gradients and AdamW's averages are shared out,
+    for models that fill a device (fsdp)"""
     logger: Literal["tensorboard", "wandb", "mlflow"] = "tensorboard"
     """where curves, figures and weights go too; TensorBoard's events are always written. wandb: the run folder, to send
     later, unless WANDB_MODE is online; mlflow: mlflow.db here, unless MLFLOW_TRACKING_URI names another place"""

@@ -151,6 +151,7 @@ def odd(result: dict[str, Any]) -> Iterator[str]:
 
 bench = lines(lambda result: [json.dumps(result)])  # people have read the table on stderr
 data = lines(lambda result: (f"{name}: verified, in {place}" for name, place in result["data"].items()))
+sharded = lines(lambda result: [visible(result["data"])])
 
 
 @lines

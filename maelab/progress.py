@@ -5,7 +5,10 @@ import sys
 import time
 from collections.abc import Callable
 
+from maelab.names import visible
+
 _THEN = 4.5  # seconds
+_said: set[tuple[str, str]] = set()
 
 
 def heartbeat(what: str, total: int | None = None, first: float = 2.0) -> Callable[[int], None]:
@@ -34,3 +37,16 @@ def heartbeat(what: str, total: int | None = None, first: float = 2.0) -> Callab
         print(text, file=sys.stderr, flush=True)
 
     return beat
+
+
+def say_once(line: str, about: str) -> None:
+    """A line for people on stderr about a folder, once in a process."""
+    if not was_said(line, about):
+        print(visible(f"maelab: {line}"), file=sys.stderr)
+
+
+def was_said(line: str, about: str) -> bool:
+    """Whether a line about a folder was said before; from now on it was."""
+    known = (line, about) in _said
+    _said.add((line, about))
+    return known

@@ -2,15 +2,19 @@
 
 import contextlib
 import itertools
+import logging
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maelab import commandline, figures, recipes
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
-from maelab.errors import MaelabError, UsageError
+from maelab.errors import MaelabError, RunError, UsageError
+from maelab.progress import heartbeat
 from maelab.runs import HoldsAnother, is_complete, open_collection, write_json
 from maelab.runs import folder as folders
 from maelab.runs.listing import SWEEP
@@ -18,9 +22,11 @@ from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
 from maelab.training.loop import Interrupted
-from maelab.training.runlog import first_process, in_words, part_of, say
+from maelab.training.runlog import console, first_process, in_words, part_of, say
 
 MARKER, ENTRIES = SWEEP, frozenset({"complete", "best", "lowest_masked_mse", "cells"})
+_LOST = 10  # times that a cell begins again because its machine is gone
+_SAVING = 60.0  # seconds that cells have to save themselves
 JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accuracy")
 
 
@@ -68,6 +74,7 @@ def sweep(
     *,
     grid: Sequence[str],
     finetune_epochs: int = 3,
+    ray: str | None = None,
     options: RunOptions | None = None,
     recipe: str = "mnist",
 ) -> tuple[Path, dict[str, Any]]:
@@ -81,6 +88,8 @@ def sweep(
         config: what to pretrain, where the grid says nothing else.
         grid: field=value,value,...: a field of the recipe and the values to try; give it once for each field.
         finetune_epochs: epochs of the fine-tuning that judges each cell.
+        ray: address of a Ray cluster that computes the cells, as many at a time as it has room for; local begins Ray on
+            this machine, where --threads says how many of its processors a cell takes.
         options: where to run; `out` is the folder for the cells' run folders, sweep.json and figures/.
         recipe: of the fine-tuning; it names the default folder too.
 
@@ -97,7 +106,7 @@ def sweep(
     finetuning = replace(finetuning, epochs=finetune_epochs)
     out = options.out or Path("runs") / f"sweep-{recipe}"
     with open_collection(out, FILES, MARKER, ENTRIES) if first_process() else contextlib.nullcontext():
-        return out, _sweep(cells, finetuning, out, options)
+        return out, _sweep(cells, finetuning, out, options, ray)
 
 
 def read_grid(config: PretrainConfig, grid: Sequence[str]) -> dict[tuple[tuple[str, str], ...], PretrainConfig]:
@@ -127,42 +136,130 @@ def _sweep(
     finetuning: FinetuneConfig,
     out: Path,
     options: RunOptions,
+    ray: str | None,
 ) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    taken: list[float] = []  # seconds, by the cells that were not done before
-    for number, (settings, config) in enumerate(cells.items(), 1):
-        name = ",".join(f"{field}={value}" for field, value in settings)
-        row: dict[str, Any] = {"settings": dict(settings)}
-        title, begun = f"cell {number} of {len(cells)}: {name.replace(',', ', ')}", time.perf_counter()
-        place = out / name.replace("/", "%2F")  # a value is no path
-        fresh = not is_complete(place / "finetune")
+    names = [",".join(f"{field}={value}" for field, value in settings) for settings in cells]
+    work = [
+        Cell(
+            f"cell {number} of {len(cells)}: {name.replace(',', ', ')}",
+            config,
+            finetuning,
+            out / name.replace("/", "%2F"),
+        )
+        for number, (name, config) in enumerate(zip(names, cells.values(), strict=True), 1)  # a value is no path
+    ]
+    fresh = [not is_complete(cell.place / "finetune") for cell in work]
+    rows: dict[int, dict[str, Any]] = {}
+    begun, computed = time.perf_counter(), 0
+    if first_process():
+        write_json(out / MARKER, _ranked([], complete=False))
+    for number, found in _here(work, options) if ray is None else on_ray(work, options, ray):
+        rows[number] = {"settings": dict([*cells][number])} | found
+        said = found.get("error") or "  ".join(f"{judgement} {found[judgement]:.4f}" for judgement in JUDGEMENTS)
+        computed += fresh[number]
+        left = (time.perf_counter() - begun) / max(1, computed) * (len(work) - len(rows))
+        say(f"{work[number].title}  {said}" + (f"  about {in_words(left)} left" if computed and left else ""))
         if first_process():
-            write_json(out / MARKER, _ranked(rows, complete=False))
-        try:
-            with part_of(title):
-                row |= run_cell(config, finetuning, place, options)
-            said = "  ".join(f"{judgement} {row[judgement]:.4f}" for judgement in JUDGEMENTS)
-        except Interrupted:
-            raise
-        except Exception as error:  # whatever ends a cell does not end the others
-            row["error"] = said = str(error) if isinstance(error, MaelabError) else f"{type(error).__name__}: {error}"
-        taken += [time.perf_counter() - begun] if fresh else []
-        left = sum(taken) / max(1, len(taken)) * (len(cells) - number)
-        say(f"{title}  {said}" + (f"  about {in_words(left)} left" if taken and number < len(cells) else ""))
-        rows.append(row)
-    result = _ranked(rows, complete=True)
+            write_json(out / MARKER, _ranked([rows[i] for i in sorted(rows)], complete=False))
+    result = _ranked([rows[i] for i in sorted(rows)], complete=True)
     if not first_process():
         return result
     write_json(out / MARKER, result)
     fields = [field for field, _ in next(iter(cells))]
     if len(fields) == 2:
         for judgement in JUDGEMENTS:
-            values = {tuple(row["settings"].values()): row.get(judgement) for row in rows}
+            values = {tuple(row["settings"].values()): row.get(judgement) for row in result["cells"]}
             with figures.optional(f"the picture {judgement}.png could not be drawn"):
                 figures.heat_map(
                     out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
                 )
     return result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell is called, what it does, and its folder."""
+
+    title: str
+    config: PretrainConfig
+    finetuning: FinetuneConfig
+    place: Path
+
+    def judge(self, options: RunOptions) -> dict[str, Any]:
+        """The judgements of `run_cell`, or {"error": ...}: whatever ends a cell does not end the others."""
+        try:
+            return run_cell(self.config, self.finetuning, self.place, options)
+        except Interrupted:
+            raise
+        except Exception as error:
+            return {"error": str(error) if isinstance(error, MaelabError) else f"{type(error).__name__}: {error}"}
+
+
+def _here(work: Sequence[Cell], options: RunOptions) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of a cell from 0, what it came to), one after the other."""
+    for number, cell in enumerate(work):
+        with part_of(cell.title):
+            found = cell.judge(options)
+        yield number, found
+
+
+def on_ray(work: Sequence[Cell], options: RunOptions, address: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of a cell from 0, what it came to), as they end on a Ray cluster.
+
+    A cell whose machine is lost is computed again, from its last checkpoint. All machines need the same maelab, and see
+    the images and the sweep's folder under the same paths.
+
+    Raises:
+        UsageError: if Ray is not installed, or a cell should be of several processes.
+        RunError: if no cluster answers.
+        Interrupted: after the cells have saved themselves.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError:
+        raise UsageError("--ray needs Ray: pip install 'maelab[ray]'") from None
+    if options.devices * options.num_nodes > 1:
+        raise UsageError("--ray computes each cell in one process: leave --devices and --num-nodes out")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    gpus = 1 if options.device != "cpu" and ray.cluster_resources().get("GPU") else 0
+    threads = options.threads or 1
+    options = replace(options, threads=threads)
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_LOST)(_on_a_machine)
+    say(f"{len(work)} cells on Ray ({address}), each with {threads} CPU{f' and {gpus} GPU' * gpus}")
+    cells = [replace(cell, place=cell.place.absolute()) for cell in work]
+    waiting = {task.remote(cell, options, Path.cwd()): number for number, cell in enumerate(cells)}
+    beat = heartbeat(f"cells that ended, of {len(work)}")
+    try:
+        while waiting:
+            for ended in ray.wait([*waiting], timeout=1.0)[0]:
+                number = waiting.pop(ended)
+                try:
+                    yield number, ray.get(ended)
+                except RayError as error:
+                    yield number, {"error": f"Ray: {str(error).strip().splitlines()[-1]}"}
+            beat(len(work) - len(waiting))
+    except KeyboardInterrupt:
+        for cell in waiting:
+            ray.cancel(cell)
+        ray.wait([*waiting], num_returns=len(waiting), timeout=_SAVING)
+        raise Interrupted(f"stopped with {len(waiting)} cells to go; the same command goes on from there") from None
+    finally:
+        ray.shutdown()
+
+
+def _on_a_machine(cell: Cell, options: RunOptions, where: Path) -> dict[str, Any]:
+    console.quiet = True
+    os.chdir(where)
+    return cell.judge(options)
 
 
 def _ranked(rows: list[dict[str, Any]], complete: bool) -> dict[str, Any]:

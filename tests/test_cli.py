@@ -281,7 +281,7 @@ DATA = "--data folder:DIGITS --limit 96 --threads 1 --kernels torch --out new"
     ("line", "message"),
     [
         ("pretran smoke", "there is no command 'pretran'; did you mean pretrain?"),
-        ("zzz", "there is no command 'zzz'; choose from data, pretrain, finetune, fit, probe, "),
+        ("zzz", "there is no command 'zzz'; choose from data, data shard, pretrain, finetune, fit, probe, "),
         ("pretrain", "pretrain needs RECIPE: mnist, quickstart, cifar10, folder, smoke; see maelab pretrain --help"),
         ("pretrain --epochs 3", "pretrain needs RECIPE: mnist, "),
         ("pretrain smok", "there is no pretrain recipe 'smok'; did you mean smoke?"),

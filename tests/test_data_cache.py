@@ -14,7 +14,7 @@ from maelab.data import cache as module
 from maelab.data import folder, load, training_sets
 from maelab.data.augment import augment
 from maelab.data.batches import in_batches, step_generator
-from maelab.data.sets import MappedImages
+from maelab.data.sets import UnreadImages
 from maelab.errors import RunError
 from maelab.files import make_folder
 
@@ -43,14 +43,14 @@ def test_images_in_a_file_train_like_those_in_memory(cifar_folder, mapped: Path,
     again = load(f"folder:{root}")
     monkeypatch.setattr(folder, "_MAPPED_ABOVE", 2**29)
     memory = load(f"folder:{root}")
-    assert isinstance(on_disk.train.images, MappedImages) and isinstance(memory.train.images, torch.Tensor)
+    assert isinstance(on_disk.train.images, UnreadImages) and isinstance(memory.train.images, torch.Tensor)
     assert on_disk.checksums == again.checksums == memory.checksums and again.skipped == memory.skipped
     assert len(memory.skipped) == 1 and capsys.readouterr().err.count("decoding") == 1, "decoded once"
     config = PretrainConfig(data="folder", val_fraction=0.25, limit=40, crop_padding=4, flip=True, color_jitter=0.3)
     for one, other in zip(
         training_sets(on_disk, config, unlabelled=True), training_sets(memory, config, unlabelled=True), strict=True
     ):
-        assert isinstance(one.images, MappedImages), "unread"
+        assert isinstance(one.images, UnreadImages), "unread"
         assert one.images.shape == other.images.shape and one.labels.equal(other.labels)  # type: ignore[union-attr]
         index = torch.tensor([3, 0, 7, 7])
         batches = [augment(part.images, index, config, step_generator(1, 2)) for part in (one, other)]

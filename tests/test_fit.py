@@ -118,16 +118,16 @@ def test_an_encoder_from_elsewhere_is_a_third_contender(photos, maelab: Maelab, 
     ).json()["run"]
     ended = maelab.run("fit", photos, "--init", given, "--minutes", 0.02, *ONE, "--json", cwd=tmp_path)
     result, out = ended.json(), tmp_path / "runs" / "fit-photos"
-    stages = {stage: json.loads((out / stage / "result.json").read_text()) for stage in STAGES}
+    ran = [stage for stage in STAGES if stage != "unlabelled"]  # most images have a label
+    stages = {stage: json.loads((out / stage / "result.json").read_text()) for stage in ran}
     assert stages["transfer"]["init"] == str(tmp_path / "given") and stages["finetune"]["init"].endswith("pretrain")
     adapted = ["position embedding 4x4 -> 8x8: interpolate", "patches 8x8 -> 4x4 pixels: resize"]
     assert stages["transfer"]["adapted"] == adapted
-    configs = {stage: json.loads((out / stage / "config.json").read_text()) for stage in STAGES}
+    configs = {stage: json.loads((out / stage / "config.json").read_text()) for stage in ran}
     assert configs["transfer"]["embed_dim"] == 32 and configs["finetune"]["embed_dim"] == 96
     for part in ("val", "test"):
         assert result[part]["transfer"] == stages["transfer"][part]["accuracy"]
-    contenders = [stages[stage] | {"stage": stage} for stage in STAGES[1:]]
-    best = max(s["val"]["accuracy"] for s in contenders)
+    best = max(stages[stage]["val"]["accuracy"] for stage in ran[1:])
     assert stages[result["chosen"]]["val"]["accuracy"] == best
     assert f"finetune {tmp_path / 'given'} " in ended.err
     assert f"Fine-tuned from {tmp_path / 'given'} (0.0" in result["verdict"]
@@ -135,6 +135,34 @@ def test_an_encoder_from_elsewhere_is_a_third_contender(photos, maelab: Maelab, 
     assert again.json() == result
     refused = maelab.run("fit", photos, "--minutes", 0.02, *ONE, cwd=tmp_path).error()
     assert refused.startswith(f"runs/fit-photos holds a fit with --init {tmp_path / 'given'} instead of none")
+
+
+@pytest.mark.slow
+def test_where_most_images_have_no_label_the_best_model_learns_from_those_too(photos, maelab: Maelab, tmp_path):
+    for name in ("cat", "ship"):
+        for file in sorted((photos / name).glob("*.png"))[:20]:
+            place = tmp_path / "own" / (name if int(file.stem[-1]) % 2 else "unlabelled") / f"{name}-{file.name}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+    line = ("fit", "own", "--minutes", 0.5, *ONE, "--json")
+    ended = maelab.run(*line, cwd=tmp_path)
+    result, out = ended.json(), tmp_path / "runs" / "fit-own"
+    stages = {s: json.loads((out / s / "result.json").read_text()) for s in ("finetune", "scratch", "unlabelled")}
+    start, learned = result["unlabelled"]["from"], stages["unlabelled"]
+    assert learned["init"] == f"runs/fit-own/{start}" and learned["adapted"] == ["head kept"]
+    assert start == max(
+        ("finetune", "scratch"), key=lambda s: (stages[s]["val"]["accuracy"], -stages[s]["val"]["loss"])
+    )
+    assert (result["val"]["unlabelled"], result["test"]["unlabelled"]) == (
+        learned["val"]["accuracy"], learned["test"]["accuracy"],
+    )  # fmt: skip
+    count = result["found"]["unlabelled"]
+    assert f"learned from {count} images without labels too (epochs: {learned['epochs']})" in result["verdict"]
+    assert "with the images without labels, from the best of these" in ended.err
+    (out / "fit.json").unlink()
+    plan = (out / "plan.json").read_bytes()
+    again = maelab.run(*line, cwd=tmp_path)
+    assert again.json() == result and plan == (out / "plan.json").read_bytes()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from maelab import fitting, recipes
 from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import load, training_sets
 from maelab.data.folder import scan
-from maelab.errors import UsageError
+from maelab.errors import RunError, UsageError
 from maelab.fitting import plan as planning
 
 
@@ -82,6 +82,31 @@ def test_stages_share_seed_split_and_shape(planned, cifar_folder):
         rate = plan["measured"][stage]
         assert (rate["images"], rate["validation_images"]) == parts(plan, cifar_folder, stage)
         assert rate["images_per_s"] == 100.0 and plan[stage]["limit"] is None
+
+
+def test_where_most_images_have_no_label_time_is_kept_for_learning_from_them(planned, cifar_folder, tmp_path):
+    """A step with four other images for each, and a teacher that only goes forward, takes 1 + 4 * 4/3 steps."""
+    assert "unlabelled" not in planned(8.0, unlabelled=10)
+    plan = planned(8.0, unlabelled=5_800)
+    learning, measured = plan["unlabelled"], plan["measured"]["finetune"]
+    assert (learning["unlabelled"], learning["ema_decay"], learning["init"]) == (4, 0.98, "finetune")
+    assert learning["muon_lr"] == plan["finetune"]["muon_lr"] / 2 and 1 < learning["epochs"] <= measured["epochs"]
+    others = seconds(plan, "finetune", learning["epochs"], 0.01 * (1 + 4 * 4 / 3), 0.5)
+    twice = 2 * seconds(plan, "finetune", plan["finetune"]["epochs"], 0.01, 0.5)
+    assert seconds(plan, "pretrain", plan["pretrain"]["epochs"], 0.01, 0.5) + twice + others <= 0.92 * (8 * 60 - 16)
+    for stage in ("finetune", "scratch"):
+        later = planning.learn_on(plan, stage, None)
+        config = planning.read_configs(later, tmp_path)["unlabelled"]
+        assert isinstance(config, FinetuneConfig) and config.init == str(tmp_path / stage)
+        assert (config.epochs, config.unlabelled, config.limit) == (learning["epochs"], 4, None)
+    early = planning.learn_on(plan, "finetune", time.perf_counter() - 60)["unlabelled"]
+    assert learning["epochs"] < early["epochs"] <= measured["epochs"]
+    late = planning.learn_on(plan, "finetune", time.perf_counter() - 8 * 60)["unlabelled"]
+    assert (late["epochs"], late["limit"]) == (learning["epochs"] // 2, None)
+    assert "unlabelled" not in planned(0.1, unlabelled=5_800), "not even one pass"
+    foreign = {**plan, "unlabelled": {**learning, "init": "../elsewhere"}}
+    with pytest.raises(RunError, match=r"is damaged \(unlabelled begins from \.\./elsewhere\)"):
+        planning.read_configs(foreign, tmp_path)
 
 
 def test_a_plan_keeps_grey_images_as_they_are(planned):

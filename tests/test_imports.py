@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "maelab"
 # From the bottom up: a unit (a module, or a package with all in it) imports only units of lower layers. Units of one
 # layer do not import each other, apart from SIBLINGS.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "names", "progress"),
+    ("errors", "names"),
+    ("progress",),
     ("config", "model", "files"),
     ("native", "recipes"),
     ("runs", "data", "weights", "commandline"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,49 @@ def test_fifty_steps_of_two_processes_equal_those_of_one(digits_folder, maelab, 
     for ours, theirs in zip(one["optimizers"], two["optimizers"], strict=True):
         for number, state in ours["state"].items():
             assert all(torch.allclose(state[k], theirs["state"][number][k], rtol=0, atol=2e-5) for k in state)
+
+
+SHARED = ("--optimizer", "adamw", "--clip-grad", 0.5, "--ema-decay", 0.9, "--accumulate", 2, "--strategy", "fsdp")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_processes_that_share_the_model_out_equal_one(digits_folder, maelab, tmp_path, task):
+    """FSDP: 2 processes x 2 parts x 8 images against 1 x 32, clipped and averaged."""
+    changes: dict[str, Any] = {"optimizer": "adamw", "clip_grad": 0.5, "ema_decay": 0.9}
+    if task == "pretrain":
+        pretrain.pretrain(tiny_pretrain(digits_folder, **changes), options=options(tmp_path / "one"))
+    else:
+        finetune.finetune(tiny_finetune(digits_folder, **changes), options=options(tmp_path / "one"))
+    in_processes(maelab, task, digits_folder, tmp_path / "two", *SHARED)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 2e-5)
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert two["val"] == pytest.approx(one["val"], rel=1e-5)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("first", ["shared", "alone"])
+def test_a_run_goes_on_with_the_model_shared_out_or_in_one_piece(digits_folder, maelab, tmp_path, first):
+    """Stopped in the middle of an epoch; the checkpoint holds whole tensors."""
+    line = ["pretrain", "smoke", "--data", f"folder:{digits_folder}", "--limit", 96, "--batch-size", 32, "--threads", 1]
+    line += ["--precision", "fp32", "--device", "cpu", "--epochs", 30, *SHARED]
+    alone, shared = ("--devices", 1), ("--devices", 2)
+    assert maelab.run(*line, *alone, "--out", "whole", cwd=tmp_path).status == 0
+    then = (shared, alone) if first == "shared" else (alone, shared)
+    process = maelab.start(*line, *then[0], "--out", "run", cwd=tmp_path)
+    process.wait_for(tmp_path / "run" / "metrics.jsonl", lines=6)
+    process.signal(signal.SIGINT)
+    stopped = process.wait()
+    assert stopped.status == 130 and "of 90 and saved" in stopped.err, stopped.err
+    ended = maelab.run(*line, *then[1], "--out", "run", cwd=tmp_path)
+    assert ended.status == 0 and "going on from step " in ended.err, ended.err
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 2e-5)
+
+
+def test_what_cannot_be_shared_out_is_refused(digits_folder, maelab, tmp_path):
+    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", "--limit", 96, "--device", "cpu", "--devices", 2)
+    refused = maelab.run(*line, "--strategy", "fsdp", "--optimizer", "muon", cwd=tmp_path)
+    assert "--strategy fsdp shares matrices out, which Muon and --unlabelled need whole" in refused.error()
 
 
 def test_bf16_is_close_to_fp32_and_not_the_same(digits_folder, tmp_path):

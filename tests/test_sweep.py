@@ -2,11 +2,17 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import FORKED_RANKS
+
+from maelab import cli
 
 GRID = ("--grid", "patch_size=5,7,14", "--grid", "mask_ratio=0.5")
 SMALL = ("--limit", "100", "--epochs", "1", "--finetune-epochs", "1", "--val-fraction", "0.2", "--batch-size", "32")
@@ -174,3 +180,86 @@ def test_cells_in_two_processes_and_one_process_that_fails(digits_folder, maelab
     assert result["best"] == good["settings"] == {"patch_size": "7"}
     lines = [line for line in done.err.splitlines() if line.startswith("cell ")]
     assert len(lines) == 2 and "something odd" in lines[0] and "finetune_accuracy" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- on Ray
+
+
+def test_cells_on_ray_are_those_of_a_sweep_without(swept, tmp_path):
+    """A process of its own: Ray starts others, and finds its way by what the command line was."""
+    folder, line, _ = swept
+    here = json.loads((folder / "runs" / "sweep-smoke" / "sweep.json").read_text())
+    command = [sys.executable, "-m", "maelab", *line, "--ray", "local", "--out", str(tmp_path / "ray")]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    assert json.loads((tmp_path / "ray" / "sweep.json").read_text()) == here
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("cell ")]
+    assert sorted(line.split(":")[0] for line in lines) == [f"cell {n} of 3" for n in (1, 2, 3)]
+    assert "3 cells on Ray (local), each with 1 CPU\n" in ended.stderr
+    assert len(list((tmp_path / "ray" / "figures").glob("*.png"))) == 4
+
+
+def test_ray_that_is_not_there_is_said_in_a_line(swept, maelab, tmp_path):
+    line = [word for word in swept[1] if word not in ("--out",)]
+    for address in ("127.0.0.1:9", "nowhere.invalid:1", "nonsense"):
+        command = [sys.executable, "-m", "maelab", *line, "--ray", address, "--out", str(tmp_path / "out")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert ended.returncode == 1 and f"no Ray cluster at {address}: " in ended.stderr, ended.stderr
+        assert "Traceback" not in ended.stderr
+    refused = maelab.run(*line, "--ray", "local", "--devices", 2, "--device", "cpu", cwd=tmp_path).error()
+    assert refused == "--ray computes each cell in one process: leave --devices and --num-nodes out"
+
+
+_CLUSTER = """
+import json, os, sys, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from maelab import cli
+out, *line = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+cells = lambda: [p.parent.parent.name for p in Path(out).glob("*/pretrain/metrics.jsonl") if p.stat().st_size]
+def kill():
+    while len(cells()) < 2:  # both nodes are in the middle of something
+        time.sleep(0.05)
+    print("killed a node while these had begun:", *cells(), flush=True)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+threading.Thread(target=kill, daemon=True).start()
+status = cli.main([*line, "--ray", cluster.address, "--out", out])
+print("status", status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_cells_of_a_machine_that_is_lost_run_again(digits_folder, tmp_path):
+    """A real cluster of two nodes, of which one is killed while both compute."""
+    line = ["sweep", "smoke", "--data", f"folder:{digits_folder}", "--grid", "seed=0,1,2", *SMALL, "--epochs", "12"]
+    line += ["--threads", "1"]
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    assert cli.main([*line, "--out", str(whole)]) == 0
+    command = [sys.executable, "-c", _CLUSTER, str(lost), *line]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert "killed a node" in ended.stdout and "status 0" in ended.stdout, ended.stdout + ended.stderr
+    assert json.loads((lost / "sweep.json").read_text()) == json.loads((whole / "sweep.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_stopped_the_cells_on_ray_save_themselves(digits_folder, tmp_path):
+    line = [sys.executable, "-m", "maelab", "sweep", "smoke", "--data", f"folder:{digits_folder}", *GRID, *SMALL]
+    line += ["--threads", "1", "--ray", "local", "--out", str(tmp_path / "out")]
+    line[line.index("--epochs") + 1] = "200"
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=default_sigint)
+    while not any(path.stat().st_size for path in tmp_path.glob("out/*/pretrain/metrics.jsonl")):
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err, err
+    saved = [json.loads(path.read_text()) for path in tmp_path.glob("out/*/pretrain/checkpoints/commit.json")]
+    assert saved and not json.loads((tmp_path / "out" / "sweep.json").read_text())["complete"]
+
+
+def default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from maelab.data.sets import ImageSet
+from maelab.data.sets import ImageSet, UnreadImages
 from maelab.errors import UsageError, out_of_memory
 from maelab.progress import heartbeat
 
@@ -41,6 +41,13 @@ def batch_index(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
     """
     epoch, position = divmod(step, steps_per_epoch(n, batch_size))
     return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size].clone()
+
+
+def expect_batch(data: ImageSet, batch_size: int, seed: int, step: int, part: int, parts: int) -> None:
+    """Begin to read the images of a part of a training step, where they are not in memory."""
+    images: Any = data.images
+    if isinstance(images, UnreadImages):
+        images.expect(rank_slice(batch_index(len(data), batch_size, seed, step), part, parts))
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from maelab.config import AS_IT_IS, DataConfig, Reading, ReadingConfig
 from maelab.data import formats, sources
 from maelab.data.folder import load_folder
-from maelab.data.sets import Dataset, ImageSet, MappedImages
+from maelab.data.sets import Dataset, ImageSet, UnreadImages
 from maelab.data.splits import hold_out
 from maelab.data.table import absolute
 from maelab.errors import UsageError
@@ -184,7 +184,7 @@ def _joined(train: ImageSet, more: ImageSet, val: ImageSet | None) -> ImageSet:
     if train.labels is not None and more.labels is not None:
         labels = torch.cat([train.labels, more.labels])
     images: Any = more.images
-    if isinstance(train.images, MappedImages):
+    if isinstance(train.images, UnreadImages):
         images = train.images.joined(images)
     else:
         images = torch.cat([train.images, images])

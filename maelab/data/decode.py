@@ -143,7 +143,13 @@ def why_unreadable(error: Exception, path: Path) -> str:
 
 def read_header(path: Path) -> Header:
     """Read no further than the header, if the format allows."""
-    with open(path, "rb") as file, _opened(file) as image:
+    with open(path, "rb") as file:
+        return header_of(file)
+
+
+def header_of(file: BinaryIO) -> Header:
+    """`read_header` of an open file."""
+    with _opened(file) as image:
         if isinstance(image, _Array):
             (height, width, channels), numbers = image.shape, str(image.dtype)
             mode = numbers + (f" x {channels} channels" if channels > 1 else "")
@@ -172,7 +178,12 @@ def decode(path: Path, size: tuple[int, int], channels: int, reading: Reading = 
             decoders raise on damaged bytes.
     """
     with open(path, "rb") as file:
-        bands = [np.asarray(to_size(band, size, reading.resize)) for band in read(file, channels, reading.value_range)]
+        return decode_file(file, size, channels, reading)
+
+
+def decode_file(file: BinaryIO, size: tuple[int, int], channels: int, reading: Reading = AS_IT_IS) -> np.ndarray:
+    """`decode` of an open file."""
+    bands = [np.asarray(to_size(band, size, reading.resize)) for band in read(file, channels, reading.value_range)]
     return bands[0].transpose(2, 0, 1) if bands[0].ndim == 3 else np.stack(bands)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from maelab.data.decode import (
     each,
     find_value_range,
     read_header,
+    read_numbers,
 )
 from maelab.data.faults import describe_counts, describe_cropping, describe_ignored, describe_pictures
 from maelab.data.layout import (
@@ -40,12 +41,13 @@ from maelab.data.layout import (
     share_out,
     walk,
 )
-from maelab.data.sets import Dataset, ImageSet, MappedImages
+from maelab.data.sets import Dataset, ImageSet, UnreadImages, read_mapped
+from maelab.data.shards import found_in, listing_of, load_shards, sharded
 from maelab.data.splits import content_key, list_of_images
 from maelab.data.table import FOUND
 from maelab.data.unpack import find_root
 from maelab.errors import RunError, UsageError
-from maelab.names import visible
+from maelab.progress import say_once, was_said
 
 _MEMORY_SHARE = 0.8  # of what is free may be filled
 _MAPPED_ABOVE = 2**29  # bytes of pixels; cutting off a validation part doubles for a moment what lies in memory
@@ -131,11 +133,35 @@ class Found:
         return lines
 
 
+class Examined(NamedTuple):
+    """The images of a folder whose headers can be read, and their headers and keys; the rest as `Listing`."""
+
+    root: Path
+    files: list[File]
+    headers: list[Header]
+    keys: list[bytes]
+    class_names: tuple[str, ...]
+    given: bool
+    notes: tuple[str, ...]
+    fingerprint: str
+    broken: list[str]
+
+
 def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     """Look at the images of "folder:PATH" without decoding them: their headers, and the bytes for the keys.
 
     Raises: UsageError (no such folder, no images, unclear layout).
     """
+    if (root := sharded(spec)) is not None:
+        return Found(**found_in(root, reading))
+    examined = examine(spec, reading)
+    for line in examined.notes:  # whoever asked says them
+        was_said(line, spec)
+    return found_of(examined, reading)
+
+
+def examine(spec: str, reading: Reading, whole: bool = False) -> Examined:
+    """Read headers and keys of a folder's images, or, with `whole`, all of each. Raises UsageError as `scan`."""
     root = find_root(spec)
     files, class_names, given, notes = list_files(root, reading)
     fingerprint = fingerprint_of(files, root)
@@ -143,20 +169,29 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
     broken: list[str] = []
 
     def look(path: Path) -> tuple[Header, bytes]:
+        if whole:
+            with open(path, "rb") as file:
+                read_numbers(file)
         return read_header(path), known.get(path) or content_key(path)
 
-    pairs = list(each(look, files, root, broken, "looking at images"))
+    pairs = list(each(look, files, root, broken, "reading images" if whole else "looking at images"))
     if not pairs:
         raise UsageError(f"none of the images in {root} can be decoded, for example {broken[0]}")
-    files, headers = [file for file, _ in pairs], [header for _, (header, _) in pairs]
-    parts = share_out(files, [key for _, (_, key) in pairs], class_names, given)
+    files, headers, keys = zip(*((file, header, key) for file, (header, key) in pairs), strict=True)
+    fields = list(files), list(headers), list(keys), class_names, given, notes, fingerprint, broken
+    return Examined(root, *fields)
+
+
+def found_of(examined: Examined, reading: Reading) -> Found:
+    """What a look at a folder's images says, for people and for plans."""
+    root, files, headers, keys, class_names, given, notes, fingerprint, broken = examined
+    parts = share_out(files, keys, class_names, given)
     dangling: list[Path] = []
     tables = (*FOUND, reading.labels or "")  # the latter with a column behind it
     others = (path for path in walk(root, dangling) if path.suffix.lower() not in SUFFIXES)
     others = (path for path in others if not any(path.name in table for table in tables))
     ignored = Counter(path.suffix.lower() for path in others)
     count = Counter(parts.labels[~parts.val & ~parts.test & ~parts.left_out].tolist())
-    _said.update((line, spec) for line in notes)  # by whoever asked
     by_area = sorted(headers, key=lambda header: header.height * header.width)
     return Found(
         classes={name: count[label] for label, name in enumerate(class_names)},
@@ -173,7 +208,7 @@ def scan(spec: str, reading: Reading = AS_IT_IS) -> Found:
         ignored=dict(ignored.most_common()),
         notes=notes,
         fingerprint=fingerprint,
-        channels=_channels(headers),
+        channels=channels_of(headers),
         dangling=len(dangling),
     )
 
@@ -188,7 +223,8 @@ def load_folder(
 ) -> Dataset:
     """Load the images of "folder:PATH" into memory; the layouts are those of `maelab.data.layout`.
 
-    More than half a gigabyte is decoded once into a file in the cache, and read from there a batch at a time.
+    More than half a gigabyte is decoded once into a file in the cache, and read from there a batch at a time; shards
+    are decoded a batch at a time, in each epoch anew.
 
     Args:
         spec: "folder:PATH".
@@ -203,19 +239,21 @@ def load_folder(
     Raises: UsageError (no such folder, no images, unclear layout, a class without a decodable image), RunError (more
         than fits into memory).
     """
-    root = find_root(spec)
     if img_size is not None and min(img_size) < 1:
         raise UsageError(f"--img-size is {img_size[0]} x {img_size[1]}; both sides must be at least 1")
+    if (root := sharded(spec)) is not None:
+        return load_shards(root, spec, img_size, in_chans, reading)
+    root = find_root(spec)
     listed, class_names, given, notes = list_files(root, reading)
     skipped: list[str] = []
     headers = list(each(read_header, listed, root, skipped, "looking at images"))
     if not headers:
         raise UsageError(f"none of the images in {root} can be decoded, for example {skipped[0]}")
     files = [file for file, _ in headers]
-    height, width = img_size or _default_size([header for _, header in headers])
-    channels = in_chans or _channels([header for _, header in headers])
+    height, width = img_size or default_size([header for _, header in headers])
+    channels = in_chans or channels_of([header for _, header in headers])
     if reading.value_range is None:
-        reading = replace(reading, value_range=_find_range(headers, class_names, given, channels, root))
+        reading = replace(reading, value_range=range_of(headers, class_names, given, channels, root))
     needed, free = len(files) * channels * height * width, _available_memory()
     if mapped := needed > _MAPPED_ABOVE:
         images, kept, keys, image_md5 = read_cached(listed, files, root, (channels, height, width), reading, skipped)
@@ -264,7 +302,7 @@ def load_folder(
         if not len(rows):
             return None
         if mapped:
-            pixels = cast(torch.Tensor, MappedImages(cast(np.memmap, images), rows))
+            pixels = cast(torch.Tensor, UnreadImages(read_mapped(cast(np.memmap, images)), images.shape[1:], rows))
         else:
             pixels = torch.from_numpy(images)[rows]
         return ImageSet(pixels, parts.labels[rows] if class_names else None, parts.keys[rows], parts.groups[rows])
@@ -283,7 +321,6 @@ def load_folder(
 
 
 _looked: dict[str, tuple[str, ...]] = {}  # MD5 of a folder's images and parts -> what was said of them
-_said: set[tuple[str, str]] = set()
 
 
 def _look_at(images: np.ndarray, parts: Parts, files: list[File], root: Path, md5: str) -> tuple[str, ...]:
@@ -294,28 +331,23 @@ def _look_at(images: np.ndarray, parts: Parts, files: list[File], root: Path, md
     return _looked[key]
 
 
-def say_once(line: str, spec: str) -> None:
-    """A line for people on stderr about a folder, once in a process."""
-    if (line, spec) not in _said:
-        _said.add((line, spec))
-        print(visible(f"maelab: {line}"), file=sys.stderr)
-
-
 def list_folder(spec: str, reading: Reading = AS_IT_IS) -> bytes:
     """What `Dataset.listing` would be, without decoding; broken images are in it too. Raises UsageError."""
+    if (root := sharded(spec)) is not None:
+        return listing_of(root)
     root = find_root(spec)
     files = list_files(root, reading).files
     return list_of_images((file.path.relative_to(root), content_key(file.path)) for file in files)
 
 
-def _channels(headers: list[Header]) -> int:
+def channels_of(headers: list[Header]) -> int:
     """Of the model: those of arrays, if there are any with neither 1 nor 3, else 1 for grey images and 3 for others."""
     counts = Counter(header.channels for header in headers)
     many = [channels for channels, _ in counts.most_common() if channels not in (1, 3)]
     return many[0] if many else max(counts)
 
 
-def _find_range(
+def range_of(
     headers: list[tuple[File, Header]], class_names: tuple[str, ...], given: bool, channels: int, root: Path
 ) -> ValueRange | None:
     """The range of the images that have more than 8 bits; None if no image has. Those for testing have no say."""
@@ -342,7 +374,7 @@ def _describe_range(reading: Reading) -> list[str]:
     ]
 
 
-def _default_size(headers: list[Header]) -> tuple[int, int]:
+def default_size(headers: list[Header]) -> tuple[int, int]:
     sizes = {(header.height, header.width) for header in headers}
     if len(sizes) == 1 and max(height_width := sizes.pop()) <= 64:
         return height_width

@@ -373,16 +373,24 @@ def share_out(files: list[File], keys: list[bytes], class_names: tuple[str, ...]
     groups = numbers(own)
     labels = torch.tensor([file.label for file in files])
     val, test = (torch.tensor([file.part == part for file in files]) for part in ("val", "test"))
-    if class_names and not given:
+    return share(number, groups, labels, val, test, hold=bool(class_names) and not given)
+
+
+def share(
+    keys: torch.Tensor, groups: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, test: torch.Tensor, *, hold: bool
+) -> Parts:
+    """Share out images by what is known of each, as `Parts` has it; `hold`: nobody says which are for testing."""
+    val, test = val.clone(), test.clone()
+    if hold:
         free = (labels >= 0) & ~val
         test[free] = hold_out(groups[free], labels[free], _TEST_FRACTION, "test")
 
     def near(part: torch.Tensor) -> torch.Tensor:
-        return torch.isin(number, number[part]) | torch.isin(groups, groups[part])
+        return torch.isin(keys, keys[part]) | torch.isin(groups, groups[part])
 
     tested = ~test & near(test)
     val &= ~tested
-    return Parts(number, groups, labels, val, test, tested | ~test & ~val & near(val))
+    return Parts(keys, groups, labels, val, test, tested | ~test & ~val & near(val))
 
 
 def describe_copies(parts: Parts, files: list[File], root: Path) -> list[str]:

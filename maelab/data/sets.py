@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,44 +14,76 @@ import torch
 
 from maelab.config import AS_IT_IS, Reading
 
+_EXPECTED = 16  # batches at most that are read before they are asked for
 
-class MappedImages:
-    """Images that stay in a file, in the place of a tensor (N, C, H, W): indexing reads what it names, as a tensor.
+
+class UnreadImages:
+    """Images that stay where they are, in the place of a tensor (N, C, H, W): indexing reads what it names.
 
     Args:
-        file: uint8, memory-mapped.
-        rows: int64 (N,), which images of the file these are.
+        read: int64 (n,), rows -> uint8 (n, C, H, W), which the caller may write to.
+        shape: (C, H, W).
+        rows: int64 (N,), which images these are.
         device: where what is read goes.
     """
 
-    def __init__(self, file: np.memmap, rows: torch.Tensor, device: torch.device | str = "cpu") -> None:
-        self._file, self._rows, self.device = file, rows, torch.device(device)
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+        rows: torch.Tensor,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._read, self._shape, self._rows, self.device = read, shape, rows, torch.device(device)
+        self._pool: ThreadPoolExecutor | None = None
+        self._expected: dict[bytes, Future[np.ndarray]] = {}
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self._rows), *self._file.shape[1:]))
+        return torch.Size((len(self._rows), *self._shape))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
-        rows = self.subset(index)._rows
-        images = torch.from_numpy(np.asarray(self._file[rows.numpy()]))  # a list of rows is a copy
-        with contextlib.suppress(AttributeError, OSError):  # pages stay in the system's cache, but are no longer ours
-            self._file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-        return images.to(self.device)
+        rows = self._at(index).numpy()
+        expected = self._expected.pop(rows.tobytes(), None)
+        return torch.from_numpy(self._read(rows) if expected is None else expected.result()).to(self.device)
 
-    def subset(self, index: torch.Tensor | slice) -> MappedImages:
+    def expect(self, index: torch.Tensor) -> None:
+        """Begin to read what `self[index]` will ask for soon, in a thread."""
+        self._pool = self._pool or ThreadPoolExecutor(1)
+        rows = self._at(index).numpy()
+        while len(self._expected) >= _EXPECTED:  # nobody asked for the oldest
+            self._expected.pop(next(iter(self._expected))).cancel()
+        if (key := rows.tobytes()) not in self._expected:
+            self._expected[key] = self._pool.submit(self._read, rows)
+
+    def _at(self, index: torch.Tensor | slice) -> torch.Tensor:
+        return self._rows[index if isinstance(index, slice) else index.cpu()]
+
+    def subset(self, index: torch.Tensor | slice) -> UnreadImages:
         """Those at `index`, unread."""
-        rows = self._rows[index if isinstance(index, slice) else index.cpu()]
-        return MappedImages(self._file, rows, self.device)
+        return UnreadImages(self._read, self._shape, self._at(index), self.device)
 
-    def joined(self, other: MappedImages) -> MappedImages:
-        """These and others of the same file, unread."""
-        return MappedImages(self._file, torch.cat([self._rows, other._rows]), self.device)
+    def joined(self, other: UnreadImages) -> UnreadImages:
+        """These and others that lie in the same place, unread."""
+        return UnreadImages(self._read, self._shape, torch.cat([self._rows, other._rows]), self.device)
 
-    def to(self, device: torch.device | str) -> MappedImages:
-        return MappedImages(self._file, self._rows, device)
+    def to(self, device: torch.device | str) -> UnreadImages:
+        return UnreadImages(self._read, self._shape, self._rows, device)
+
+
+def read_mapped(file: np.memmap) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads rows of a memory-mapped file, for `UnreadImages`."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = np.asarray(file[rows])  # a list of rows is a copy
+        with contextlib.suppress(AttributeError, OSError):  # pages stay in the system's cache, but are no longer ours
+            file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        return images
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -57,7 +91,7 @@ class ImageSet:
     """Images and their labels.
 
     Args:
-        images: uint8 (N, C, H, W), contiguous; `MappedImages` where they are too large for memory: `images[:]` is a
+        images: uint8 (N, C, H, W), contiguous; `UnreadImages` where they are too large for memory: `images[:]` is a
             tensor in either case.
         labels: int64 (N,), or None where there are no labels.
         keys: int64 (N,), on the CPU: equal for equal files of a folder (see `maelab.data.splits`); None in a set that
@@ -79,7 +113,7 @@ class ImageSet:
 
     def __getitem__(self, index: torch.Tensor) -> ImageSet:
         """The subset at the positions `index`, int64 (n,), in that order."""
-        images: Any = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
+        images: Any = self.images.subset(index) if isinstance(self.images, UnreadImages) else self.images[index]
         keys, groups = (None if rows is None else rows[index.cpu()] for rows in (self.keys, self.groups))
         return ImageSet(images, None if self.labels is None else self.labels[index], keys, groups)
 

@@ -86,10 +86,10 @@ def list_of_images(entries: Iterable[tuple[str | PurePath, bytes]]) -> bytes:
     Args:
         entries: path relative to the folder, and key.
     """
-    return b"".join(sorted(_hash_path(path) + key for path, key in entries))
+    return b"".join(sorted(hash_path(path) + key for path, key in entries))
 
 
-def _hash_path(path: str | PurePath) -> bytes:
+def hash_path(path: str | PurePath) -> bytes:
     """The same on every system: a path may be spelt with "\\", or with letters and accents apart."""
     text = unicodedata.normalize("NFC", PurePath(path).as_posix())
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()

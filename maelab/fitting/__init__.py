@@ -13,8 +13,8 @@ from maelab.data import reading_of
 from maelab.data.folder import scan
 from maelab.errors import RunError, UsageError
 from maelab.files import read_json
-from maelab.fitting.plan import BEFORE, PLAN, explain, is_count, make_plan, read_configs, refit
-from maelab.fitting.verdict import judge, pictures
+from maelab.fitting.plan import BEFORE, PLAN, explain, is_count, learn_on, make_plan, read_configs, refit
+from maelab.fitting.verdict import best, judge, pictures
 from maelab.names import visible
 from maelab.runs import find_checkpoint, open_collection, replace_collection, write_json
 from maelab.runs import folder as folders
@@ -22,8 +22,9 @@ from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
 from maelab.training.runlog import say
 
-STAGES = ("pretrain", "transfer", "finetune", "scratch")
+STAGES = ("pretrain", "transfer", "finetune", "scratch", "unlabelled")
 _STARTS = {"pretrained": "own autoencoder", "scratch": "scratch", "transfer": "the weights given"}
+_STARTS |= {"unlabelled": "the best of these, with images without labels"}
 ENTRIES = frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
 FILES = (  # all that a fit writes; the plan goes last
     "fit.json", "report.html", "reconstruction.png", "mistakes.png",
@@ -84,8 +85,9 @@ def fit(
     """Do it all for a folder of images, within a given time.
 
     It pretrains on every image that is not held out, fine-tunes on what has a class, and trains the same model from
-    scratch with the same fine-tuning; the best on validation is the model, and a verdict says what pretraining was
-    worth. With `init`, pretraining begins from that autoencoder; any other encoder, such as one from larger data, is
+    scratch with the same fine-tuning. Where at least as many images have no class as have one, the better of the two
+    then learns from those as well. The best on validation is the model, and a verdict says what pretraining was worth.
+    With `init`, pretraining begins from that autoencoder; any other encoder, such as one from larger data, is
     fine-tuned as it is, as a third contender. How many epochs, a measured rate of steps decides. Each stage is a run
     folder: stopped, the same call goes on; complete, it only answers again; with more minutes, its autoencoder learns
     on for the rest of them.
@@ -118,7 +120,8 @@ def fit(
         "guessing" (the accuracy of naming any class alike), "uneven" (one class has over twice another's images) and
         "better_than_guessing" (than the majority; None below 30 test images); with a third contender its accuracies in
         "val" and "test", "transfer", and under that name its "params", the "difference" of its test accuracy from the
-        better of the other two, and "standard_error".
+        better of the other two, and "standard_error"; where images without a class taught, "unlabelled" likewise, with
+        "from", the stage whose model it began from, as the one that the "difference" is to.
 
     Raises:
         UsageError, RunError: see maelab.errors.
@@ -152,6 +155,10 @@ def fit(
         for stage in configs:
             if stage == "finetune" and fresh:
                 plan = refit(plan, begun)
+                write_json(out / PLAN, plan)
+                configs = read_configs(plan, out)
+            if stage == "unlabelled":
+                plan = learn_on(plan, best(results), begun if fresh else None)
                 write_json(out / PLAN, plan)
                 configs = read_configs(plan, out)
             config, place = configs[stage], replace(runs, out=out / stage)

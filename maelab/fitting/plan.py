@@ -13,10 +13,11 @@ import torch
 from maelab import recipes
 from maelab.config import FinetuneConfig, PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
-from maelab.data.folder import Found, say_once
+from maelab.data.folder import Found
 from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, classification_scores, masked_mse
-from maelab.progress import heartbeat
+from maelab.names import visible
+from maelab.progress import heartbeat, say_once
 from maelab.runs import saved_elsewhere
 from maelab.runs.commands import ENCODER
 from maelab.tasks import finetune as finetuning
@@ -33,6 +34,13 @@ _TO_SPEND = 0.92  # of the time left: rates vary while others use the machine
 _MANY = 10  # times the epochs of the recipe, at most, for pretraining
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
+_OTHERS, _EMA = 4, 0.98  # images without a label for each with one, and the average that teaches (docs/log.md)
+_WITH_OTHERS = 1 + _OTHERS * (1 + 1 / 3)  # steps without them that such a step takes: the teacher only goes forward
+
+
+def _with_others(config: FinetuneConfig) -> FinetuneConfig:
+    """The same training with images that have no label beside; it goes on from a classifier, so at half the rate."""
+    return replace(config, unlabelled=_OTHERS, ema_decay=_EMA, muon_lr=config.muon_lr / 2, blr=config.blr / 2)
 
 
 def make_plan(
@@ -50,6 +58,7 @@ def make_plan(
     start = start or {}
     budget = 60 * (asked["minutes"] - start.get("spent", 0))
     labelled = len(found.classes) > 1
+    others = labelled and found.unlabelled >= found.labelled
     images = found.labelled + found.unlabelled
     both = ("labels", "group", "resize", "flip", "data", "seed")
     common: dict[str, Any] = {name: asked[name] for name in both if asked.get(name) is not None}
@@ -94,12 +103,20 @@ def make_plan(
     testing[0] = 0.0
     times = {"pretrain": 1, "finetune": 2, "transfer": 1}  # fine-tuning comes from scratch once more
     passes = [runs for _, runs in zip(stages, times.values(), strict=False)]
-    left = budget - (time.perf_counter() - begun) - sum(passes) * (loading + _DRAWING)
-    left = max(1.0, _TO_SPEND * (left - sum(n * each for n, each in zip(passes, testing, strict=True))))
+    left = budget - (time.perf_counter() - begun) - (sum(passes) + others) * (loading + _DRAWING)
+    left -= sum(n * each for n, each in zip(passes, testing, strict=True)) + others * testing[-1]
+    left = max(1.0, _TO_SPEND * left)
     chosen: dict[str, Any] = {}
     for name, runs, stage in [*zip(times, passes, stages, strict=False)][1:]:
         chosen[name], seconds = _fitted(*stage, seconds=left / 4)
         left -= runs * seconds
+    if others:
+        config, n, n_val, step, beside = stages[-1]
+        assert isinstance(config, FinetuneConfig)
+        learned, seconds = _fitted(_with_others(config), n, n_val, _WITH_OTHERS * step, beside, seconds=left / 4)
+        if not learned["limit"]:  # one pass is the least
+            chosen["unlabelled"] = {**learned, "init": "finetune"}
+            left -= seconds
     # The time is there to be used, and of many epochs the best on validation is kept.
     many = replace(stages[0][0], epochs=_MANY * stages[0][0].epochs)
     chosen["pretrain"], _ = _fitted(many, *stages[0][1:], seconds=left)
@@ -136,6 +153,28 @@ def refit(plan: dict[str, Any], begun: float) -> dict[str, Any]:
     if (chosen["epochs"], chosen["limit"]) != (plan["finetune"]["epochs"], plan["finetune"]["limit"]):
         say(f"{in_words(max(0.0, left))} are left: {chosen['epochs']} epochs of fine-tuning, twice")
     return plan | {"finetune": chosen}
+
+
+def learn_on(plan: dict[str, Any], stage: str, begun: float | None) -> dict[str, Any]:
+    """The plan with its last stage, which learns from images without a label, begun from the classifier of `stage`.
+
+    It has as many epochs as the time left allows, at least half of those planned; where `begun` is None, those planned.
+    """
+    kind = "transfer" if stage == "transfer" else "finetune"
+    measured, planned = plan["measured"][kind], plan["unlabelled"]["epochs"]
+    size = tuple(plan[kind]["img_size"])
+    config = FinetuneConfig(**{**plan[kind], "img_size": size, "limit": None, "epochs": measured["epochs"]})
+    config = _with_others(config)
+    if begun is None:
+        chosen = dataclasses.asdict(replace(config, epochs=planned))
+    else:
+        left = 60 * (plan["minutes"] - plan.get("spent", 0)) - (time.perf_counter() - begun)
+        seconds = max(1.0, _TO_SPEND * (left - measured["beside_runs_s"]))
+        of = measured["images"], measured["validation_images"], _WITH_OTHERS * measured["step_s"], measured["beside_s"]
+        chosen, _ = _fitted(config, *of, seconds=seconds)
+        least = max(1, planned // 2)
+        chosen |= {"limit": None, "epochs": least if chosen["limit"] else max(least, chosen["epochs"])}
+    return plan | {"unlabelled": {**chosen, "init": stage}}
 
 
 def _measure(
@@ -247,6 +286,10 @@ def read_configs(plan: dict[str, Any], out: Path) -> dict[str, PretrainConfig | 
                 configs["transfer"] = read("transfer", FinetuneConfig)
             configs["finetune"] = read("finetune", FinetuneConfig, init=str(out / "pretrain"))
             configs["scratch"] = read("finetune", FinetuneConfig)
+        if "unlabelled" in plan:
+            if (stage := plan["unlabelled"]["init"]) not in configs:
+                raise ValueError(f"unlabelled begins from {visible(str(stage))}")
+            configs["unlabelled"] = read("unlabelled", FinetuneConfig, init=str(out / stage))
         if plan.get("round"):  # init is a name within the folder
             configs["pretrain"] = read("pretrain", PretrainConfig, init=str(out / plan["pretrain"]["init"]))
         if not (is_count(plan.get("spent", 0)) and type(plan.get("round", 0)) is int):
@@ -269,6 +312,9 @@ def explain(plan: dict[str, Any]) -> str:
                 f"{what} {epochs} of {images} images, {config['batch_size']} at a time, at {rate['images_per_s']:g}/s"
             )
     twice = ", twice: from the pretrained encoder, and from scratch as a control" if "finetune" in plan else ""
+    if "unlabelled" in plan:
+        epochs = plan["unlabelled"]["epochs"]
+        twice += f"; then {epochs} epoch{'s' * (epochs > 1)} with the images without labels, from the best of these"
     if any(plan[stage]["limit"] for stage in plan["measured"]):
         twice += "; too little time to see every image once, so give more --minutes"
     more = plan["minutes"] - plan.get("spent", 0)

@@ -94,9 +94,7 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
             )
         }
     tuned, scratch = results["finetune"], results["scratch"]
-    contenders = [stage for stage in ("finetune", "scratch", "transfer") if stage in results]
-    scores = {stage: (results[stage]["val"]["accuracy"], -results[stage]["val"]["loss"]) for stage in contenders}
-    stage = max(contenders, key=scores.__getitem__)  # the first of equals
+    stage = best(results)
     test = results[stage]["test"]
     names, cells = list(test["per_class"]), _cells(test)
     n = int(cells[:, 2].sum())
@@ -117,10 +115,23 @@ def _measure(found: Found, plan: dict[str, Any], out: Path, results: dict[str, A
     if "transfer" in results:
         for part in ("val", "test"):
             result[part]["transfer"] = results["transfer"][part]["accuracy"]
-        best, given = max(a, b), result["test"]["transfer"]
-        result["transfer"] = {"params": results["transfer"]["params"], "difference": given - best}
-        result["transfer"]["standard_error"] = _noise(given, best, n)
+        own, given = max(a, b), result["test"]["transfer"]
+        result["transfer"] = {"params": results["transfer"]["params"], "difference": given - own}
+        result["transfer"]["standard_error"] = _noise(given, own, n)
+    if "unlabelled" in results:
+        for part in ("val", "test"):
+            result[part]["unlabelled"] = results["unlabelled"][part]["accuracy"]
+        start, after = plan["unlabelled"]["init"], result["test"]["unlabelled"]
+        before = results[start]["test"]["accuracy"]
+        result["unlabelled"] = {"from": start, "difference": after - before, "standard_error": _noise(after, before, n)}
     return result | _beside_guessing(cells, names)
+
+
+def best(results: dict[str, Any]) -> str:
+    """The stage whose classifier is best on validation, the first of equals."""
+    contenders = [stage for stage in ("finetune", "scratch", "transfer", "unlabelled") if stage in results]
+    scores = {stage: (results[stage]["val"]["accuracy"], -results[stage]["val"]["loss"]) for stage in contenders}
+    return max(contenders, key=scores.__getitem__)
 
 
 def _cells(test: dict[str, Any]) -> torch.Tensor:
@@ -253,7 +264,7 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
     height, width = plan["finetune"]["img_size"]
     if found.side >= _SHRUNK * min(height, width):
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
-    if found.unlabelled >= found.labelled and result["better_than_guessing"]:
+    if found.unlabelled >= found.labelled and result["better_than_guessing"] and "unlabelled" not in plan:
         config = plan["transfer" if result["chosen"] == "transfer" else "finetune"]
         changes = {"task": "finetune", "init": result["model"], "limit": None, "unlabelled": 4, "ema_decay": 0.98}
         tries.append(f"what it learns from the {found.unlabelled} images without labels by {command(config | changes)}")
@@ -285,12 +296,16 @@ def _worth(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
         "finetune": "the pretrained model",
         "scratch": "the model trained from scratch",
         "transfer": f"that of {given}",
+        "unlabelled": "the model that learned from images without labels too",
     }
     said = f"Test images are {where}; they were read once per model. By validation (n = {val['images']}:"
     said += f" {val['pretrained']:.1%} with pretraining, {val['scratch']:.1%} from scratch"
     said += f", {val['transfer']:.1%} from {given}" if given else ""
+    said += f", {val['unlabelled']:.1%} with images without labels" if "unlabelled" in val else ""
     said += f") {names[result['chosen']]} was chosen."
-    return f"{head}. {noise} {_larger(result, plan) if given else ''}{said}"
+    more = _larger(result, plan) if given else ""
+    more += _without_labels(result, found, plan) if "unlabelled" in test else ""
+    return f"{head}. {noise} {more}{said}"
 
 
 def _larger(result: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -302,4 +317,17 @@ def _larger(result: dict[str, Any], plan: dict[str, Any]) -> str:
     return (
         f"Fine-tuned from {config['init']} ({more['params'] / 1e6:.1f}M parameters, epochs: {config['epochs']}) it is"
         f" {result['test']['transfer']:.1%}: {what}, {sure} than chance explains ({chance:.1f}). "
+    )
+
+
+def _without_labels(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> str:
+    """What learning from the images without labels was worth, beside the model that it began from."""
+    more, names = result["unlabelled"], {"finetune": "with pretraining", "scratch": "from scratch"}
+    points, chance = 100 * more["difference"], 200 * more["standard_error"]
+    start = names.get(more["from"]) or f"from {plan['transfer']['init']}"
+    return (
+        f"Then the model trained {start}, the best on validation by then, learned from {found.unlabelled} images"
+        f" without labels too (epochs: {plan['unlabelled']['epochs']}): {result['test']['unlabelled']:.1%} on test,"
+        f" {abs(points):.1f} points {'more' if points > 0 else 'less'} than before,"
+        f" {'more' if abs(points) > chance else 'no more'} than chance explains ({chance:.1f}). "
     )

@@ -11,11 +11,11 @@ from maelab import figures
 from maelab.config import FinetuneConfig, RunOptions
 from maelab.data import Dataset, ImageSet, load, reading_of, training_sets
 from maelab.data.augment import augment, mix
-from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
-from maelab.data.folder import say_once
+from maelab.data.batches import batch_index, expect_batch, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, classification_scores, count_parameters, scores_by_class
 from maelab.model import VisionTransformer
+from maelab.progress import say_once
 from maelab.runs import check_out, read_metrics
 from maelab.runs.commands import ENCODER
 from maelab.training.checkpoint import ModelSpec, load_model
@@ -91,6 +91,7 @@ def make_step(config: FinetuneConfig, train_set: ImageSet, num_classes: int, oth
         index = batch_index(len(train_set), config.batch_size, config.seed, step)
         generator = step_generator(config.seed, step)
         images = augment(train_set.images, index, config, generator, part, parts)
+        expect_batch(train_set, config.batch_size, config.seed, step + 1, part, parts)
         truth = labels[to_device(rank_slice(index, part, parts), labels.device)]
         mixed = mix(
             images, truth, num_classes, generator, mixup=config.mixup, cutmix=config.cutmix,

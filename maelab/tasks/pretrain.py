@@ -10,8 +10,7 @@ from maelab import figures
 from maelab.config import PretrainConfig, RunOptions
 from maelab.data import Dataset, ImageSet, limit, load, reading_of, training_sets
 from maelab.data.augment import augment
-from maelab.data.batches import batch_index, rank_slice, scale, step_generator, to_device
-from maelab.data.folder import say_once
+from maelab.data.batches import batch_index, expect_batch, rank_slice, scale, step_generator, to_device
 from maelab.errors import UsageError
 from maelab.inference import (
     caption,
@@ -26,6 +25,7 @@ from maelab.inference import (
 )
 from maelab.model import MaskedAutoencoderViT, VisionTransformer, patchify
 from maelab.model.masks import hidden_count, make_mask
+from maelab.progress import say_once
 from maelab.runs import check_out, read_metrics
 from maelab.runs.commands import ENCODER
 from maelab.training.checkpoint import ModelSpec, load_model
@@ -103,6 +103,7 @@ def make_step(config: PretrainConfig, train_set: ImageSet, num_patches: int) -> 
         generator = step_generator(config.seed, step)
         noise = rank_slice(torch.rand(len(index), num_patches, generator=generator), part, parts)
         images = augment(train_set.images, index, config, generator, part, parts)
+        expect_batch(train_set, config.batch_size, config.seed, step + 1, part, parts)
         return images, to_device(noise, images.device)  # (b, C, H, W), (b, L)
 
     def loss(model: Any, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils._pytree import tree_map_only
 
 from maelab import native
 from maelab.config import BlocksConfig, LoopConfig
@@ -33,6 +32,7 @@ from maelab.training.parallel import Engine
 from maelab.training.runlog import RunLog, in_words
 from maelab.training.trackers import Tracker
 
+SAVE_SECONDS = 600  # between two saves, where an epoch takes longer
 SHOW_SECONDS = 0.5  # between two updates of the progress line; on GPUs also between two looks at the loss
 
 
@@ -145,22 +145,37 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 
     wide = torch.float64 if knows_float64(engine.device) else torch.float32  # of sums
     task.model.to(engine.device)  # before anything holds its parameters, or brings state to where they are
-    optimizers = build_optimizers(task.model, config, task.layer_decay, (engine.global_rank, engine.world_size))
+    learner = copy.deepcopy(task.model) if engine.sharded else task.model  # what is shared out is no longer a model
     average = copy.deepcopy(task.model).requires_grad_(False).eval() if config.ema_decay else None
     move_average = get_ema_multi_avg_fn(config.ema_decay)
-    judged = task.model if average is None else average
+    judged = task.model if average is None or engine.sharded else average
+    model = engine.joined(learner)
+    if engine.sharded and average is not None:
+        engine.joined(average)
+    optimizers = build_optimizers(learner, config, task.layer_decay, (engine.global_rank, engine.world_size))
+    if engine.sharded and (task.step.teacher or any(isinstance(o, native.Muon) for o in optimizers)):
+        raise UsageError(
+            "--strategy fsdp shares matrices out, which Muon and --unlabelled need whole: --optimizer adamw"
+        )
     position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
     position |= {"best_epoch": 0, "best": {}, "train": {}}
     saved = read_training(resumed_from) if resumed_from.exists() else None
+
+    def load(part: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        like = part.state_dict()
+        part.load_state_dict({name: engine.shared_out(value, like.get(name)) for name, value in state.items()})
+
     if saved is not None:
         try:
             position |= saved["position"]
             position["sums"] = {k: v.to(wide).to(engine.device) for k, v in position["sums"].items()}
-            task.model.load_state_dict(saved["model"])
+            load(learner, saved["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                for parameter, kept in optimizer.state.items():
+                    kept |= {name: engine.shared_out(value, parameter) for name, value in kept.items()}
             if average is not None:
-                average.load_state_dict(saved["average"])
+                load(average, saved["average"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(resumed_from, error) from error
     if engine.broadcast(position["step"]) != position["step"] or not folder.is_dir():
@@ -170,8 +185,12 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         )
     capture = engine.captures and config.accumulate == 1
     keep_learning_rate(optimizers, engine.device if capture else None)
-    model = engine.joined(task.model)
     models = (model, average) if task.step.teacher else (model,)
+
+    def show_judged() -> None:
+        """Make the weights that are judged and kept whole, where they are shared out."""
+        if engine.sharded:
+            judged.load_state_dict(engine.whole((learner if average is None else average).state_dict()))
 
     def gradients(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
         with engine.autocast():
@@ -181,14 +200,14 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
 
     def update() -> None:
         if config.clip_grad:
-            nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_grad)
+            nn.utils.clip_grad_norm_(learner.parameters(), config.clip_grad)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
             if isinstance(optimizer, native.Muon):
                 engine.exchange(optimizer.shares)
         if average is not None:  # moves exponentially (Polyak and Juditsky 1992)
-            move_average(list(average.parameters()), list(task.model.parameters()), 1)
+            move_average(list(average.parameters()), list(learner.parameters()), 1)
 
     def gradients_and_update(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
         values = gradients(*batch)
@@ -205,13 +224,16 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
             for optimizer in optimizers:
                 if isinstance(optimizer, native.Muon):
                     engine.exchange(optimizer.momenta())
+        show_judged()
+        state: dict[str, Any] = {}
+        if engine.is_global_zero or engine.sharded:
+            state = {"position": position, "model": learner.state_dict()}
+            state |= {"optimizers": [o.state_dict() for o in optimizers], "average": average and average.state_dict()}
+            state = engine.whole(state)
         if engine.is_global_zero:
             weights = portable(task.spec, judged.state_dict())
-            state = {"position": position, "model": task.model.state_dict()}
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "average": average and average.state_dict()}
             files: dict[str, Any] = {f"last/{name}": content for name, content in weights.items()}
             files |= {f"best/{name}": content for name, content in weights.items()} if better else {}
-            state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
             files[f"last/{TRAINING}"] = lambda place: torch.save(state, place)
             commit(folder, files, {"step": position["step"], "epoch": position["step"] // per_epoch})
         engine.barrier()
@@ -232,13 +254,13 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
     if saved is not None:
         log.line(f"going on from step {position['step']} of {total_steps}")
     begun, first_step = time.perf_counter(), position["step"]
-    before, shown = position["seconds"], begun
+    before, shown, saved_at = position["seconds"], begun, begun
     try:
         with _stop_on_signal() as stop:
             while position["step"] < total_steps and not _stale(position, per_epoch, task.patience):
                 step = position["step"]
                 set_learning_rate(optimizers, schedule(step, total_steps, warmup_steps))
-                task.model.train()
+                learner.train()
                 loss = torch.zeros((), device=engine.device)
                 for part in range(config.accumulate):
                     part_of_all = engine.global_rank * config.accumulate + part
@@ -250,13 +272,15 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                     for key, value in values.items():
                         part_of_sum = value.to(wide) / config.accumulate
                         position["sums"][key] = position["sums"].get(key, 0) + part_of_sum
-                stopping = stop.is_set()
+                stopping, due = stop.is_set(), time.perf_counter() - saved_at > SAVE_SECONDS
                 if (
                     engine.world_size > 1
                 ):  # all go on, stop or fail together: one alone would wait for the others forever
-                    told = engine.mean(torch.stack([torch.full_like(loss, stopping), loss])).tolist()
-                    stopping = told[0] > 0
-                    check(told[1], step)
+                    told = engine.mean(
+                        torch.stack([torch.full_like(loss, x) for x in (stopping, due)] + [loss])
+                    ).tolist()
+                    stopping, due = told[0] > 0, told[1] > 0
+                    check(told[2], step)
                 elif engine.device.type == "cpu":  # elsewhere the loss is looked at now and then: reading it waits
                     check(float(loss), step)
                 if not capture:
@@ -278,6 +302,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                     sums, position["sums"] = position["sums"], {}
                     position["train"] = {name: float(engine.mean(value)) / per_epoch for name, value in sums.items()}
                     check(position["train"]["loss"], step)
+                    show_judged()
                     judged.eval()
                     val: dict[str, float] = {}
                     if engine.is_global_zero:  # what it finds decides for all, to the last bit
@@ -303,8 +328,10 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                         f"  {in_words(left / (position['step'] - first_step))} left"
                     )  # fmt: skip
                     save(better)
-                elif stopping:
+                    saved_at = time.perf_counter()
+                elif stopping or due:
                     save()
+                    saved_at = time.perf_counter()
                 if stopping and position["step"] < total_steps:
                     raise Interrupted(
                         f"stopped at step {position['step']} of {total_steps} and saved in {folder};"

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from maelab import native
 from maelab.config import ComputeOptions, RunOptions
@@ -37,6 +39,7 @@ class Engine:
         device: its own.
         precision: 'fp32'; 'bf16' for matrix products in bfloat16; or 'native' for those of the native kernels alone.
         captures: whether whole training steps become CUDA graphs.
+        sharded: whether the processes share the parameters out.
         global_rank: its number, from 0.
         world_size: how many processes there are.
     """
@@ -46,6 +49,7 @@ class Engine:
     global_rank: int = 0
     world_size: int = 1
     captures: bool = False
+    sharded: bool = False
 
     @property
     def is_global_zero(self) -> bool:
@@ -65,12 +69,33 @@ class Engine:
         """
         if self.world_size == 1:
             return model
+        if self.sharded:  # block by block, so that one at a time is whole (Zhao et al. 2023, section 3.2)
+            from torch.distributed.fsdp import fully_shard  # takes a second
+
+            for block in (module for module in model.modules() if isinstance(module, Block)):
+                fully_shard(block)
+            return _Joined(fully_shard(_Named(model)))
         device_ids = None if self.device.type == "cpu" else [self.device]
         return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids))
 
     def apart(self, joined: Any) -> contextlib.AbstractContextManager[Any]:
         """Gradients made inside wait for those of the next part, before they are averaged over the processes."""
-        return joined.ddp.no_sync() if isinstance(joined, _Joined) else contextlib.nullcontext()
+        if not isinstance(joined, _Joined):
+            return contextlib.nullcontext()
+        return _unsynchronised(joined.ddp) if self.sharded else joined.ddp.no_sync()
+
+    def whole(self, state: Any) -> Any:
+        """A state with every tensor on the CPU, and whole where it was shared out; then all processes have to ask."""
+        whole = (lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t) if self.sharded else (lambda t: t)
+        return tree_map_only(torch.Tensor, lambda t: whole(t).cpu(), state)
+
+    def shared_out(self, tensor: torch.Tensor, like: Any) -> torch.Tensor:
+        """A whole tensor, shared out as another of its shape is."""
+        if not self.sharded or not hasattr(like, "placements") or tensor.shape != like.shape:
+            return tensor
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(self.device), like.device_mesh, like.placements)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes, by element; every process gets the same."""
@@ -103,6 +128,15 @@ class Engine:
         """Wait for all processes."""
         if self.world_size > 1:
             self.mean(torch.zeros(1, device=self.device)).cpu()
+
+
+@contextlib.contextmanager
+def _unsynchronised(sharded: Any) -> Iterator[None]:
+    sharded.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        sharded.set_requires_gradient_sync(True)
 
 
 class _Named(nn.Module):
@@ -181,6 +215,7 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
     if device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine has none; use --device cpu")
     world_size = options.devices * options.num_nodes
+    sharded = options.strategy == "fsdp" and world_size > 1
     if device == "mps" and world_size > 1:
         raise UsageError("--device mps: it serves one process; leave out --devices, or use --device cpu")
     if options.threads is not None:
@@ -189,7 +224,7 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.devices))
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    precision = choose_precision(precision, device, options.kernels)
+    precision = choose_precision(precision, device, "torch" if sharded else options.kernels)
     if world_size == 1:
         here = torch.device(device, 0) if device == "cuda" else torch.device(device)
         return Engine(here, precision, captures=device == "cuda" and options.compile != "off")
@@ -197,7 +232,7 @@ def start_engine(options: ComputeOptions, precision: str = "auto") -> Engine:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     _meet(here, world_size)
-    return Engine(here, precision, torch.distributed.get_rank(), world_size)
+    return Engine(here, precision, torch.distributed.get_rank(), world_size, sharded=sharded)
 
 
 def _meet(device: torch.device, world_size: int) -> None:
@@ -237,7 +272,7 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
         One line that says what was chosen, e.g. 'cpu, bf16, native kernels on AMX, 2 threads'.
     """
     device, precision = engine.device.type, engine.precision
-    several = device == "cuda" and engine.world_size > 1  # whose steps are not captured
+    several = device == "cuda" and engine.world_size > 1 and not engine.sharded  # whose steps are not captured
     compiled = options.compile == "on" or (options.compile == "auto" and several)
     for module in model.modules():
         if isinstance(module, Block):
@@ -247,7 +282,7 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
         elif isinstance(module, Attention):
             module.form = options.attention
     kernels = ""
-    if options.kernels == "auto" and device == "cpu" and precision != "fp32" and not compiled:
+    if options.kernels == "auto" and device == "cpu" and precision != "fp32" and not (compiled or engine.sharded):
         kernels = blocks.install(model, always=precision == "native")  # a compiled block would pass them over
     attention = options.attention
     if attention == "auto":
@@ -267,5 +302,5 @@ def prepare(model: nn.Module, engine: Engine, options: ComputeOptions) -> str:
     if device == "cpu":
         chosen += [f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"]
     if engine.world_size > 1:
-        chosen += [f"{engine.world_size} processes"]
+        chosen += [f"{engine.world_size} processes" + ", which share the model out" * engine.sharded]
     return ", ".join(chosen)

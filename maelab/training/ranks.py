@@ -168,6 +168,7 @@ def _work(
             result: Any = function(*arguments, **named)
         leave()
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another one may have failed too, and been faster to say so
         result = _portable(error)
     with suppress(OSError):  # nobody waits any more
         answer.send((time.monotonic(), result if environment["LOCAL_RANK"] == "0" or _is_error(result) else None))

@@ -1,0 +1,144 @@
+"""Writing shards: the images of a folder as they are, in a few tar archives, and the index that training reads."""
+
+import dataclasses
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maelab.config import Reading, check_count
+from maelab.data.folder import channels_of, default_size, examine, found_of, range_of
+from maelab.data.layout import File
+from maelab.data.shards import COLUMNS, PARTS, Index, key_of, write_index
+from maelab.data.splits import hash_path, key_of_text
+from maelab.data.table import absolute
+from maelab.errors import RunError, UsageError
+from maelab.files import make_folder
+from maelab.progress import heartbeat, say_once
+
+_HEADER = 512  # bytes before a member of a tar archive
+_SPARE = 2**26  # bytes of the disk that stay free
+
+
+def shard(
+    folder: Path, out: Path, *, labels: str | None = None, group: str | None = None, shard_mb: int = 256
+) -> dict[str, Any]:
+    """Write the images of a folder into shards and their index; the arguments are those of `maelab data shard`.
+
+    Returns:
+        {"data": "folder:OUT", "shards", "images", "bytes", "unreadable"}.
+
+    Raises:
+        UsageError: if OUT holds anything, or the folder no images.
+        RunError: if the disk has no room, or an image changes meanwhile.
+    """
+    check_count("--shard-mb", shard_mb)
+    folder, out = Path(str(folder).removeprefix("folder:")).expanduser(), Path(out).expanduser()
+    if not shard_mb:
+        raise UsageError("--shard-mb must be at least 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} holds something already; shards go into a new folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{out} lies among your images in {folder}; name a folder elsewhere")
+    reading = Reading(labels=None if labels is None else absolute(labels), group=group)
+    examined = examine(f"folder:{folder}", reading, whole=True)
+    found = found_of(examined, reading)
+    for line in found.lines():
+        say_once(line, str(folder))
+    root, files, headers, keys, class_names, given, *_ = examined
+    channels = channels_of(headers)
+    pairs = list(zip(files, headers, strict=True))
+    value_range = range_of(pairs, class_names, given, channels, root)
+    # In a random order, so that whoever reads a shard alone gets images of every class.
+    order = np.random.default_rng(0).permutation(len(files))
+    order = order[np.argsort([PARTS.index(files[i].part) for i in order], kind="stable")].tolist()
+    total = sum(file.path.stat().st_size + 4 * _HEADER for file in files)
+    make_folder(out.absolute().parent)
+    if total + _SPARE > (free := shutil.disk_usage(out.absolute().parent).free):
+        raise RunError(f"the shards need {total / 2**30:.1f} GiB, and {out.parent} has {free / 2**30:.1f} GiB free")
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        rows, shards = _write([(files[i], keys[i]) for i in order], root, part, shard_mb * 10**6)
+        place = np.argsort(order)  # the index keeps the order of the folder, and so training that of its images
+        columns = {name: np.array([row[name] for row in rows], kind)[place] for name, kind in COLUMNS.items()}
+        about = {name: value for name, value in dataclasses.asdict(found).items() if name != "fingerprint"}
+        asked = (reading.labels, reading.group)
+        size = default_size(headers)
+        write_index(part, Index(columns, shards, class_names, given, size, channels, value_range, asked, about))
+        part.chmod(0o755)
+        os.replace(part, out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {
+        "data": f"folder:{out}",
+        "shards": len(shards),
+        "images": len(files),
+        "bytes": sum(shards.values()),
+        "unreadable": list(found.broken),
+    }
+
+
+def _write(
+    images: list[tuple[File, bytes]], root: Path, place: Path, largest: int
+) -> tuple[list[dict[str, int]], dict[str, int]]:
+    """The rows of the index, in order, and file name -> bytes of the shards."""
+    beat, rows, shards = heartbeat("writing shards", len(images)), [], {}
+    for name, some in _in_shards(images, largest):
+        with tarfile.open(place / name, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for file, key in some:
+                content = file.path.read_bytes()
+                if key_of(content) != key:
+                    raise RunError(f"{file.path} has changed while the shards were written; begin again")
+                number = f"{len(rows):09d}"
+                rows.append(
+                    {
+                        "shard": len(shards), "offset": tar.offset + _HEADER, "size": len(content),
+                        "label": file.label, "part": PARTS.index(file.part), "key": _number(key),
+                        "group": _number(key_of_text(f"group {file.group}") if file.group else key),
+                        "path": _number(hash_path(file.path.relative_to(root))),
+                    }
+                )  # fmt: skip
+                _add(tar, f"{number}{file.path.suffix.lower()}", content)
+                if file.label >= 0:
+                    _add(tar, f"{number}.cls", str(file.label).encode())
+                beat(len(rows))
+        shards[name] = (place / name).stat().st_size
+    return rows, shards
+
+
+def _in_shards(images: list[tuple[File, bytes]], largest: int) -> Iterator[tuple[str, list[tuple[File, bytes]]]]:
+    """(name of a shard, the images that go into it); one holds a single part."""
+    some: list[tuple[File, bytes]] = []
+    length, number = 0, dict.fromkeys(PARTS, 0)
+
+    def named() -> tuple[str, list[tuple[File, bytes]]]:
+        part = some[0][0].part
+        number[part] += 1
+        return f"{part}-{number[part] - 1:06d}.tar", some
+
+    for file, key in images:
+        size = file.path.stat().st_size + 4 * _HEADER
+        if some and (length + size > largest or some[0][0].part != file.part):
+            yield named()
+            some, length = [], 0
+        some.append((file, key))
+        length += size
+    yield named()
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    about = tarfile.TarInfo(name)
+    about.size = len(content)
+    tar.addfile(about, BytesIO(content))
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key, "little", signed=True)
