@@ -276,12 +276,27 @@ def test_an_index_from_anywhere_is_checked(change: dict[str, int], said: str, wr
         {"value_range": [[1]]},
         {"value_range": 5},
         {"asked": [1]},
+        {"asked": [1, 2]},
+        {"given": 1},
+        {"found": {}},
+        {"found": {"classes": {"cat": 1}}},
     ],
 )
 def test_what_an_index_says_is_checked(change: dict[str, Any], written: Path) -> None:
     write_index(written, replace(read_index(written), **change))
     with pytest.raises(UsageError, match="is no index of shards"):
         load(f"folder:{written}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("classes", {"cat": "many"}), ("classes", [1]), ("side", -1), ("side", True), ("broken", "x"), ("smallest", [1])],
+)
+def test_what_an_index_says_was_found_is_checked(name: str, value: Any, written: Path) -> None:
+    index = read_index(written)
+    write_index(written, replace(index, found=index.found | {name: value}))
+    with pytest.raises(UsageError, match=r"is no index of shards \(what a scan found\)"):
+        scan(f"folder:{written}")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "])

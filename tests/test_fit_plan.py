@@ -87,13 +87,13 @@ def test_stages_share_seed_split_and_shape(planned, cifar_folder):
 def test_where_most_images_have_no_label_time_is_kept_for_learning_from_them(planned, cifar_folder, tmp_path):
     """A step with four other images for each, and a teacher that only goes forward, takes 1 + 4 * 4/3 steps."""
     assert "unlabelled" not in planned(8.0, unlabelled=10)
-    plan = planned(8.0, unlabelled=5_800)
+    plan = planned(30.0, unlabelled=5_800)
     learning, measured = plan["unlabelled"], plan["measured"]["finetune"]
     assert (learning["unlabelled"], learning["ema_decay"], learning["init"]) == (4, 0.98, "finetune")
     assert learning["muon_lr"] == plan["finetune"]["muon_lr"] / 2 and 1 < learning["epochs"] <= measured["epochs"]
     others = seconds(plan, "finetune", learning["epochs"], 0.01 * (1 + 4 * 4 / 3), 0.5)
     twice = 2 * seconds(plan, "finetune", plan["finetune"]["epochs"], 0.01, 0.5)
-    assert seconds(plan, "pretrain", plan["pretrain"]["epochs"], 0.01, 0.5) + twice + others <= 0.92 * (8 * 60 - 16)
+    assert seconds(plan, "pretrain", plan["pretrain"]["epochs"], 0.01, 0.5) + twice + others <= 0.92 * (30 * 60 - 16)
     for stage in ("finetune", "scratch"):
         later = planning.learn_on(plan, stage, None)
         config = planning.read_configs(later, tmp_path)["unlabelled"]
@@ -101,12 +101,33 @@ def test_where_most_images_have_no_label_time_is_kept_for_learning_from_them(pla
         assert (config.epochs, config.unlabelled, config.limit) == (learning["epochs"], 4, None)
     early = planning.learn_on(plan, "finetune", time.perf_counter() - 60)["unlabelled"]
     assert learning["epochs"] < early["epochs"] <= measured["epochs"]
-    late = planning.learn_on(plan, "finetune", time.perf_counter() - 8 * 60)["unlabelled"]
+    late = planning.learn_on(plan, "finetune", time.perf_counter() - 30 * 60)["unlabelled"]
     assert (late["epochs"], late["limit"]) == (learning["epochs"] // 2, None)
-    assert "unlabelled" not in planned(0.1, unlabelled=5_800), "not even one pass"
+    assert "unlabelled" not in planned(1.0, unlabelled=5_800), "too few updates"
     foreign = {**plan, "unlabelled": {**learning, "init": "../elsewhere"}}
     with pytest.raises(RunError, match=r"is damaged \(unlabelled begins from \.\./elsewhere\)"):
         planning.read_configs(foreign, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "changes", "patch", "size"),
+    [
+        (8.0, {}, 4, (32, 32)),
+        (0.7, {}, 4, (32, 32)),  # 21 s for pretraining, at 0.01 s an image
+        (0.3, {}, 8, (32, 32)),
+        (0.1, {}, 8, (32, 32)),  # four patches in each direction are the fewest
+        (0.3, {"side": 60}, 16, (64, 64)),
+        (0.1, {"side": 150}, 24, (144, 144)),
+        (0.1, {"side": 300}, 32, (224, 224)),
+    ],
+)
+def test_in_little_time_patches_are_larger(planned, capsys, minutes, changes, patch, size):
+    """Fewer of them are computed in less time, so that every image is seen more often (docs/log.md)."""
+    plan = planned(minutes, **changes)
+    for stage in ("pretrain", "finetune"):
+        assert (plan[stage]["patch_size"], plan[stage]["img_size"]) == (patch, size)
+    usual = recipes.pretrain_folder(200, changes.get("side", 32)).patch_size
+    assert ("too little time for so many patches" in capsys.readouterr().err) is (patch != usual)
 
 
 def test_a_plan_keeps_grey_images_as_they_are(planned):

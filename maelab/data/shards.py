@@ -41,6 +41,7 @@ COLUMNS: dict[str, type] = {  # one entry for each image
 }  # fmt: skip
 NAME = re.compile(rf"({'|'.join(PARTS)})-[0-9]{{6}}\.tar")
 _LARGEST = 2**28  # bytes of an image
+_COUNTED, _LINES, _SIZES = ("classes", "modes", "ignored"), ("broken", "notes"), ("smallest", "largest")  # of `Found`
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ def read_index(folder: Path) -> Index:
             raise ValueError("its classes or sizes")
         ranges = index.value_range and tuple((float(low), float(high)) for low, high in index.value_range)
         labels, group = index.asked
+        if not all(text is None or isinstance(text, str) for text in (labels, group)) or not isinstance(
+            index.given, bool
+        ):
+            raise ValueError("how it was written")
+        _check_found(index.found)
     except (
         safetensors.SafetensorError,
         OSError,
@@ -144,12 +150,29 @@ def read_index(folder: Path) -> Index:
     )
 
 
+def _check_found(found: dict[str, Any]) -> None:
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**53
+
+    counts = ("unlabelled", "val", "test", "side", "animated", "channels", "dangling")
+    good = found.keys() == {*counts, *_COUNTED, *_LINES, *_SIZES, "held_out"} and isinstance(found["held_out"], bool)
+    good = good and all(is_count(found[name]) for name in counts)
+    good = good and all(isinstance(found[name], dict) and all(map(is_count, found[name].values())) for name in _COUNTED)
+    good = good and all(
+        isinstance(found[name], list) and all(isinstance(x, str) for x in found[name]) for name in _LINES
+    )
+    good = good and all(
+        isinstance(found[name], list) and [*map(is_count, found[name])] == [True] * 2 for name in _SIZES
+    )
+    if not good:
+        raise ValueError("what a scan found")
+
+
 def found_in(folder: Path, reading: Reading) -> dict[str, Any]:
     """What a scan found when the shards were written. Raises UsageError, where other labels or groups are asked for."""
     index = read_index(folder)
     _as_written(index, folder, reading)
-    tuples = ("broken", "notes", "smallest", "largest")
-    found = {name: tuple(value) if name in tuples else value for name, value in index.found.items()}
+    found = {name: tuple(value) if name in (*_LINES, *_SIZES) else value for name, value in index.found.items()}
     return found | {"fingerprint": _digest(index.columns["key"], index.columns["label"], index.columns["part"])}
 
 

@@ -34,8 +34,27 @@ _TO_SPEND = 0.92  # of the time left: rates vary while others use the machine
 _MANY = 10  # times the epochs of the recipe, at most, for pretraining
 _DRAWING = 4.0  # seconds for the pictures and the test of each run
 _STEPS = 1_000  # updates that a training should have, if smaller batches can give them
+_ENOUGH = 10  # passes over the images for pretraining, below which fewer and larger patches teach more (docs/log.md)
+_LARGEST_PATCH = 32  # pixels
+_LEAST = 50  # updates with images without labels
 _OTHERS, _EMA = 4, 0.98  # images without a label for each with one, and the average that teaches (docs/log.md)
 _WITH_OTHERS = 1 + _OTHERS * (1 + 1 / 3)  # steps without them that such a step takes: the teacher only goes forward
+
+
+_Stage = tuple[PretrainConfig | FinetuneConfig, int, int, float, float]  # images, validation images, and `_measure`
+
+
+def _passes(stage: _Stage, seconds: float) -> float:
+    """How often the images of a stage can be seen in so many seconds."""
+    config, images, _, step, _ = stage
+    return seconds / step * config.batch_size / images
+
+
+def _fits(patch_size: int, img_size: tuple[int, int] | None, exactly: bool) -> bool:
+    """Whether images of about, or exactly, this size can have such patches, at least 4 x 4 of them."""
+    assert img_size is not None
+    most = min(_LARGEST_PATCH, min(img_size) // 4)
+    return patch_size <= most and not (exactly and any(side % patch_size for side in img_size))
 
 
 def _with_others(config: FinetuneConfig) -> FinetuneConfig:
@@ -69,15 +88,23 @@ def make_plan(
         raise UsageError(f"--init {init} is no autoencoder, and without classes there is nothing else to do with it")
     going_on = spec if spec is not None and spec.model == "MaskedAutoencoderViT" else None
     patch = None if going_on is None else going_on.arguments["patch_size"]
-    before = recipes.pretrain_folder(images, found.side, found.grey, patch, size)
-    after = recipes.finetune_folder(found.labelled, found.side, found.grey, patch, size)
-    if going_on is not None:
-        before = pretraining.with_shape_of(replace(before, init=init), going_on)
-    if labelled:  # the same validation images, so that pretraining does not see them either
-        common["val_fraction"] = after.val_fraction
-    before = replace(before, **common, knn_every=0)
-    shape = {field: getattr(before, field) for field in ENCODER if field != "reg_tokens"}
-    after = replace(after, **common, **shape, class_weights=asked.get("class_weights", "none"))
+
+    def configs(patch: int | None) -> tuple[PretrainConfig, FinetuneConfig]:
+        before = recipes.pretrain_folder(images, found.side, found.grey, patch, size)
+        after = recipes.finetune_folder(found.labelled, found.side, found.grey, patch, size)
+        if going_on is not None:
+            before = pretraining.with_shape_of(replace(before, init=init), going_on)
+        if labelled:  # the same validation images, so that pretraining does not see them either
+            common["val_fraction"] = after.val_fraction
+        before = replace(before, **common, knn_every=0)
+        shape = {field: getattr(before, field) for field in ENCODER if field != "reg_tokens"}
+        return before, replace(after, **common, **shape, class_weights=asked.get("class_weights", "none"))
+
+    before, after = configs(patch)
+    given = None
+    if spec is not None and going_on is None:
+        given = replace(after, **recipes.FOR_FOREIGN) if saved_elsewhere(init) else after
+        given = finetuning.with_encoder_of(replace(given, init=init, adapt_patch_embed="resize"), spec)
 
     loading = time.perf_counter()
     data = load(before.data, img_size=before.img_size, reading=reading_of(before))
@@ -85,20 +112,30 @@ def make_plan(
     for line in data.faults:
         say_once(line, data.name)
     say(f"{recipes.explain_folder(before, images, found.side, found.channels, found.val)}; timing a few steps")
-    stages: list[tuple[PretrainConfig | FinetuneConfig, int, int, float, float]] = []
-    contenders: list[tuple[PretrainConfig | FinetuneConfig, float]] = [(before, 0.5), (after, 0.25)][: 1 + labelled]
-    if spec is not None and going_on is None:
-        given = replace(after, **recipes.FOR_FOREIGN) if saved_elsewhere(init) else after
-        given = finetuning.with_encoder_of(replace(given, init=init, adapt_patch_embed="resize"), spec)
-        contenders.append((given, 0.25))
-    for config, share in contenders:
+
+    def timed(config: PretrainConfig | FinetuneConfig, share: float) -> _Stage:
         train_set, val_set = training_sets(data, config, unlabelled=config is before)
         measured = _measure(config, data, train_set, val_set, options, budget / 20)
         smaller = _batch_size(config.batch_size, measured[0], share * budget)
         if smaller < config.batch_size:
             config = replace(config, batch_size=smaller)
             measured = _measure(config, data, train_set, val_set, options, budget / 20)
-        stages.append((config, len(train_set), len(val_set), *measured))
+        return config, len(train_set), len(val_set), *measured
+
+    stages = [timed(before, 0.5)]
+    larger = 2 * before.patch_size
+    while (
+        patch is None and _passes(stages[0], budget / 2) < _ENOUGH and _fits(larger, before.img_size, size is not None)
+    ):
+        before, after = configs(larger)
+        say(f"too little time for so many patches; {larger}x{larger} pixels each instead")
+        if before.img_size != tuple(data.train.images.shape[2:]):
+            data = load(before.data, img_size=before.img_size, reading=reading_of(before))
+        stages, larger = [timed(before, 0.5)], 2 * larger
+    if labelled:
+        stages.append(timed(after, 0.25))
+    if given is not None:
+        stages.append(timed(given, 0.25))
     testing = [found.test * step / config.batch_size / 3 for config, _, _, step, _ in stages]  # forwards only
     testing[0] = 0.0
     times = {"pretrain": 1, "finetune": 2, "transfer": 1}  # fine-tuning comes from scratch once more
@@ -114,7 +151,7 @@ def make_plan(
         config, n, n_val, step, beside = stages[-1]
         assert isinstance(config, FinetuneConfig)
         learned, seconds = _fitted(_with_others(config), n, n_val, _WITH_OTHERS * step, beside, seconds=left / 4)
-        if not learned["limit"]:  # one pass is the least
+        if not learned["limit"] and learned["epochs"] * max(1, n // config.batch_size) >= _LEAST:
             chosen["unlabelled"] = {**learned, "init": "finetune"}
             left -= seconds
     # The time is there to be used, and of many epochs the best on validation is kept.

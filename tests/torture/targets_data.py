@@ -25,7 +25,7 @@ from PIL import Image
 from small_sets import CIFAR, MNIST, MNIST_GZ, md5s, python_batch, python_batches, sha256s, tar_gz
 
 from maelab.config import Reading
-from maelab.data import decode, formats, images, sources, unpack
+from maelab.data import decode, formats, images, load, sharding, shards, sources, unpack
 from maelab.data.folder import scan
 from maelab.data.layout import File, list_files
 from maelab.errors import RunError, UsageError
@@ -160,6 +160,22 @@ def feed_packed(suffix: str) -> Feed:
     return feed
 
 
+def shard_index(place: Path) -> list[bytes]:
+    for number, name in enumerate(("cat", "cat", "dog", "dog", "dog")):
+        (place / "own" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(place / "own" / name / f"{number}.png")
+    sharding.shard(place / "own", place / "shards")
+    return [(place / "shards" / shards.INDEX).read_bytes()]
+
+
+def feed_shard_index(content: bytes, place: Path) -> None:
+    (place / shards.INDEX).write_bytes(content)
+    (place / "train-000000.tar").write_bytes(bytes(10_240))
+    data = load(f"folder:{place}")
+    assert len(data.train) and max(data.train.images.shape[1:]) <= 2**14
+    scan(f"folder:{place}")
+
+
 def feed_header(content: bytes, place: Path) -> None:
     file, skipped = File(place / "image.png", -1, "train"), list[str]()
     file.path.write_bytes(content)
@@ -273,6 +289,7 @@ TARGETS: dict[str, Target] = {
         packed(".zip"), feed_packed(".zip"), (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"../x.png", b"/x.png")
     ),
     "tar": Target(packed(".tar"), feed_packed(".tar"), (b"ustar", b"../x.png", b"/x.png", b"x.cls", b"0000777")),
+    "shards": Target(shard_index, feed_shard_index, (b"train-000000.tar", b"../", b"found", b"I32", b"null", b"999")),
     "parquet": Target(
         packed(".parquet"), feed_packed(".parquet"), (b"PAR1", b"image", b"label", b"bytes"), mebibytes=1024
     ),
