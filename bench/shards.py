@@ -6,6 +6,7 @@ of two cores; what is there already is used again.
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,21 @@ CLASSES = 100
 
 
 def make_images(folder: Path, first: int, last: int) -> None:
-    """Blurred noise in colours, as a PNG about as large as a photograph of this size."""
-    rng = np.random.default_rng(first)
-    for number in range(first, last):
+    """PNGs of blurred noise in colours, as large as photographs of this size; a comment makes each another file."""
+    rng, pictures = np.random.default_rng(first), []
+    for _ in range(200):
         rough = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
         pixels = np.asarray(rough, np.int16) + rng.integers(-8, 9, (32, 32, 3))
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+        pictures.append(file.getvalue())
+    for number in range(first, last):
         place = folder / f"class-{number % CLASSES:02d}" / f"{number // 10_000:03d}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number:07d}.png", compress_level=1)
+        if number < first + CLASSES:
+            place.mkdir(parents=True, exist_ok=True)
+        content, text = pictures[number % len(pictures)], b"tEXtComment\0%d" % number
+        comment = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
+        (place / f"{number:07d}.png").write_bytes(content[:-12] + comment + content[-12:])
 
 
 def run(*command: object, seconds: float | None = None, kill: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, cast
@@ -27,6 +28,7 @@ from maelab.data.decode import (
     decode_each,
     each,
     find_value_range,
+    header_of,
     read_header,
     read_numbers,
 )
@@ -43,7 +45,7 @@ from maelab.data.layout import (
 )
 from maelab.data.sets import Dataset, ImageSet, UnreadImages, read_mapped
 from maelab.data.shards import found_in, listing_of, load_shards, sharded
-from maelab.data.splits import content_key, list_of_images
+from maelab.data.splits import content_key, key_of, list_of_images
 from maelab.data.table import FOUND
 from maelab.data.unpack import find_root
 from maelab.errors import RunError, UsageError
@@ -169,10 +171,11 @@ def examine(spec: str, reading: Reading, whole: bool = False) -> Examined:
     broken: list[str] = []
 
     def look(path: Path) -> tuple[Header, bytes]:
-        if whole:
-            with open(path, "rb") as file:
-                read_numbers(file)
-        return read_header(path), known.get(path) or content_key(path)
+        if not whole:
+            return read_header(path), known.get(path) or content_key(path)
+        content = path.read_bytes()
+        read_numbers(BytesIO(content))
+        return header_of(BytesIO(content)), key_of(content)
 
     pairs = list(each(look, files, root, broken, "reading images" if whole else "looking at images"))
     if not pairs:

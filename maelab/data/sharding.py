@@ -15,8 +15,8 @@ import numpy as np
 from maelab.config import Reading, check_count
 from maelab.data.folder import channels_of, default_size, examine, found_of, range_of
 from maelab.data.layout import File
-from maelab.data.shards import COLUMNS, PARTS, Index, key_of, write_index
-from maelab.data.splits import hash_path, key_of_text
+from maelab.data.shards import COLUMNS, PARTS, Index, write_index
+from maelab.data.splits import hash_path, key_of, key_of_text
 from maelab.data.table import absolute
 from maelab.errors import RunError, UsageError
 from maelab.files import make_folder

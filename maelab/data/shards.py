@@ -28,7 +28,7 @@ from maelab.data.decode import careful, decode_file
 from maelab.data.faults import describe_counts
 from maelab.data.layout import Parts, share
 from maelab.data.sets import Dataset, ImageSet, UnreadImages
-from maelab.data.splits import KEY_BYTES
+from maelab.data.splits import KEY_BYTES, key_of
 from maelab.errors import RunError, UsageError
 from maelab.files import parse_json
 from maelab.progress import say_once
@@ -75,11 +75,6 @@ def sharded(spec: str) -> Path | None:
     """The folder of "folder:PATH", where it holds shards with their index; otherwise None."""
     place = Path(spec.removeprefix("folder:")).expanduser()
     return place if spec.startswith("folder:") and (place / INDEX).is_file() else None
-
-
-def key_of(content: bytes) -> bytes:
-    """As `maelab.data.splits.content_key`."""
-    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 def write_index(folder: Path, index: Index) -> None:

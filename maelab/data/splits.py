@@ -26,6 +26,11 @@ def content_key(path: Path) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).digest()
 
 
+def key_of(content: bytes) -> bytes:
+    """The key of an image whose file holds these bytes."""
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
 def key_of_text(text: str) -> bytes:
     """The key of a group of images: a hash of its name."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()
