@@ -64,9 +64,9 @@ def shard(
         raise RunError(f"the shards need {total / 2**30:.1f} GiB, and {out.parent} has {free / 2**30:.1f} GiB free")
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     try:
-        rows, shards = _write([(files[i], keys[i]) for i in order], root, part, shard_mb * 10**6)
-        place = np.argsort(order)  # the index keeps the order of the folder, and so training that of its images
-        columns = {name: np.array([row[name] for row in rows], kind)[place] for name, kind in COLUMNS.items()}
+        # The index keeps the order of the folder, and so training that of its images.
+        columns = {name: np.empty(len(files), kind) for name, kind in COLUMNS.items()}
+        shards = _write(files, keys, order, root, part, shard_mb * 10**6, columns)
         about = {name: value for name, value in dataclasses.asdict(found).items() if name != "fingerprint"}
         asked = (reading.labels, reading.group)
         size = default_size(headers)
@@ -87,49 +87,56 @@ def shard(
 
 
 def _write(
-    images: list[tuple[File, bytes]], root: Path, place: Path, largest: int
-) -> tuple[list[dict[str, int]], dict[str, int]]:
-    """The rows of the index, in order, and file name -> bytes of the shards."""
-    beat, rows, shards = heartbeat("writing shards", len(images)), [], {}
-    for name, some in _in_shards(images, largest):
+    files: list[File],
+    keys: list[bytes],
+    order: list[int],
+    root: Path,
+    place: Path,
+    largest: int,
+    columns: dict[str, np.ndarray],
+) -> dict[str, int]:
+    """Write the images in this order, and fill the index at the place of each. File name -> bytes of the shards."""
+    beat, done, shards = heartbeat("writing shards", len(files)), 0, {}
+    for name, some in _in_shards(files, order, largest):
         with tarfile.open(place / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for file, key in some:
+            for i in some:
+                file, key = files[i], keys[i]
                 content = file.path.read_bytes()
                 if key_of(content) != key:
                     raise RunError(f"{file.path} has changed while the shards were written; begin again")
-                number = f"{len(rows):09d}"
-                rows.append(
-                    {
-                        "shard": len(shards), "offset": tar.offset + _HEADER, "size": len(content),
-                        "label": file.label, "part": PARTS.index(file.part), "key": _number(key),
-                        "group": _number(key_of_text(f"group {file.group}") if file.group else key),
-                        "path": _number(hash_path(file.path.relative_to(root))),
-                    }
-                )  # fmt: skip
-                _add(tar, f"{number}{file.path.suffix.lower()}", content)
+                row = {
+                    "shard": len(shards), "offset": tar.offset + _HEADER, "size": len(content), "label": file.label,
+                    "part": PARTS.index(file.part), "key": _number(key),
+                    "group": _number(key_of_text(f"group {file.group}") if file.group else key),
+                    "path": _number(hash_path(file.path.relative_to(root))),
+                }  # fmt: skip
+                for column, value in row.items():
+                    columns[column][i] = value
+                _add(tar, f"{done:09d}{file.path.suffix.lower()}", content)
                 if file.label >= 0:
-                    _add(tar, f"{number}.cls", str(file.label).encode())
-                beat(len(rows))
+                    _add(tar, f"{done:09d}.cls", str(file.label).encode())
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them for reading
+                beat(done := done + 1)
         shards[name] = (place / name).stat().st_size
-    return rows, shards
+    return shards
 
 
-def _in_shards(images: list[tuple[File, bytes]], largest: int) -> Iterator[tuple[str, list[tuple[File, bytes]]]]:
-    """(name of a shard, the images that go into it); one holds a single part."""
-    some: list[tuple[File, bytes]] = []
+def _in_shards(files: list[File], order: list[int], largest: int) -> Iterator[tuple[str, list[int]]]:
+    """(name of a shard, the places of the images that go into it); one holds a single part."""
+    some: list[int] = []
     length, number = 0, dict.fromkeys(PARTS, 0)
 
-    def named() -> tuple[str, list[tuple[File, bytes]]]:
-        part = some[0][0].part
+    def named() -> tuple[str, list[int]]:
+        part = files[some[0]].part
         number[part] += 1
         return f"{part}-{number[part] - 1:06d}.tar", some
 
-    for file, key in images:
-        size = file.path.stat().st_size + 4 * _HEADER
-        if some and (length + size > largest or some[0][0].part != file.part):
+    for i in order:
+        size = files[i].path.stat().st_size + 4 * _HEADER
+        if some and (length + size > largest or files[some[0]].part != files[i].part):
             yield named()
             some, length = [], 0
-        some.append((file, key))
+        some.append(i)
         length += size
     yield named()
 
