@@ -10,6 +10,7 @@ unpickles what an index tells it to (docs/log.md).
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import threading
@@ -91,58 +92,53 @@ def read_index(folder: Path) -> Index:
     Raises:
         UsageError: if it is none.
     """
+    wrong = safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError
     try:
         with safetensors.safe_open(folder / INDEX, "numpy") as file:
             columns = {name: file.get_tensor(name) for name in COLUMNS}
             about = parse_json((file.metadata() or {})["maelab"])
         index = Index(columns, **about)
-        n = len(columns["key"])
-        if any(columns[name].shape != (n,) or columns[name].dtype != kind for name, kind in COLUMNS.items()) or not n:
-            raise ValueError("its columns")
-        names, lengths = list(index.shards), np.array(list(index.shards.values()), np.int64)
-        if not all(NAME.fullmatch(name) for name in names):
-            raise ValueError("the name of a shard")
-        shard, offset, size = (columns[name].astype(np.int64) for name in ("shard", "offset", "size"))
-        classes = index.class_names
-        checks = {
-            "the number of a shard": (shard >= 0) & (shard < len(names)),
-            "a size": (size > 0) & (size <= _LARGEST),
-            "a label": (columns["label"] >= -1) & (columns["label"] < len(classes)),
-            "a part": (columns["part"] >= 0) & (columns["part"] < len(PARTS)),
-        }
-        checks |= (
-            {"a place": (offset >= 0) & (offset <= lengths[shard] - size)}
-            if checks["the number of a shard"].all()
-            else {}
-        )
-        for what, good in checks.items():
-            if not good.all():
-                raise ValueError(what)
-        strings = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        counts = [*index.size, index.channels]
-        if not strings or len(index.size) != 2 or any(type(k) is not int or not 0 < k <= 2**14 for k in counts):
-            raise ValueError("its classes or sizes")
-        ranges = index.value_range and tuple((float(low), float(high)) for low, high in index.value_range)
-        labels, group = index.asked
-        if not all(text is None or isinstance(text, str) for text in (labels, group)) or not isinstance(
-            index.given, bool
-        ):
-            raise ValueError("how it was written")
+        _check_about(index)
+        _check_columns(index)
         _check_found(index.found)
-    except (
-        safetensors.SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+        (height, width), ranges = index.size, index.value_range
+        return replace(
+            index, class_names=tuple(index.class_names), size=(height, width), asked=(index.asked[0], index.asked[1]),
+            value_range=ranges and tuple((float(low), float(high)) for low, high in ranges),
+        )  # fmt: skip
+    except wrong as error:
         raise UsageError(f"{folder / INDEX} is no index of shards ({error}); maelab data shard writes one") from error
-    height, width = index.size
-    return replace(
-        index, class_names=tuple(classes), size=(height, width), value_range=ranges or None, asked=(labels, group)
-    )
+
+
+def _check_about(index: Index) -> None:
+    if not all(NAME.fullmatch(name) and type(length) is int for name, length in index.shards.items()):
+        raise ValueError("the name or length of a shard")
+    if not isinstance(index.class_names, list) or not all(isinstance(name, str) for name in index.class_names):
+        raise ValueError("its classes")
+    if len(index.size) != 2 or any(type(k) is not int or not 0 < k <= 2**14 for k in (*index.size, index.channels)):
+        raise ValueError("its sizes")
+    if not all(math.isfinite(number) for limits in index.value_range or () for number in limits):
+        raise ValueError("its range of values")
+    texts = len(index.asked) == 2 and all(text is None or isinstance(text, str) for text in index.asked)
+    if not texts or not isinstance(index.given, bool):
+        raise ValueError("how it was written")
+
+
+def _check_columns(index: Index) -> None:
+    columns, n = index.columns, len(index.columns["key"])
+    if not n or any(columns[name].shape != (n,) or columns[name].dtype != kind for name, kind in COLUMNS.items()):
+        raise ValueError("its columns")
+    shard, offset, size = (columns[name].astype(np.int64) for name in ("shard", "offset", "size"))
+
+    def check(what: str, good: np.ndarray) -> None:
+        if not good.all():
+            raise ValueError(what)
+
+    check("the number of a shard", (shard >= 0) & (shard < len(index.shards)))
+    check("a size", (size > 0) & (size <= _LARGEST))
+    check("a place", (offset >= 0) & (offset <= np.array([*index.shards.values()], np.int64)[shard] - size))
+    check("a label", (columns["label"] >= -1) & (columns["label"] < len(index.class_names)))
+    check("a part", (columns["part"] >= 0) & (columns["part"] < len(PARTS)))
 
 
 def _check_found(found: dict[str, Any]) -> None:
