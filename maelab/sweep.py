@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from maelab.training.runlog import console, first_process, in_words, part_of, sa
 
 MARKER, ENTRIES = SWEEP, frozenset({"complete", "best", "lowest_masked_mse", "cells"})
 _LOST = 10  # times that a cell begins again because its machine is gone
+_ANSWER = 10.0  # seconds until a cluster answers
 _SAVING = 60.0  # seconds that cells have to save themselves
 JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accuracy")
 
@@ -88,8 +90,9 @@ def sweep(
         config: what to pretrain, where the grid says nothing else.
         grid: field=value,value,...: a field of the recipe and the values to try; give it once for each field.
         finetune_epochs: epochs of the fine-tuning that judges each cell.
-        ray: address of a Ray cluster that computes the cells, as many at a time as it has room for; local begins Ray on
-            this machine, where --threads says how many of its processors a cell takes.
+        ray: address of a Ray cluster, HOST:PORT, that computes the cells, as many at a time as it has room for; auto is
+            the one that this machine belongs to; local begins one here. --threads says how many processors a cell
+            takes.
         options: where to run; `out` is the folder for the cells' run folders, sweep.json and figures/.
         recipe: of the fine-tuning; it names the default folder too.
 
@@ -222,6 +225,7 @@ def on_ray(work: Sequence[Cell], options: RunOptions, address: str) -> Iterator[
         raise UsageError("--ray needs Ray: pip install 'maelab[ray]'") from None
     if options.devices * options.num_nodes > 1:
         raise UsageError("--ray computes each cell in one process: leave --devices and --num-nodes out")
+    _find_cluster(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -254,6 +258,19 @@ def on_ray(work: Sequence[Cell], options: RunOptions, address: str) -> Iterator[
         raise Interrupted(f"stopped with {len(waiting)} cells to go; the same command goes on from there") from None
     finally:
         ray.shutdown()
+
+
+def _find_cluster(address: str) -> None:
+    """Ask whether anybody answers at HOST:PORT, since Ray itself tries for many minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise UsageError(f"--ray {address}: write local, auto, or the address of a cluster as HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER).close()
+    except OSError as error:
+        raise RunError(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
 def _on_a_machine(cell: Cell, options: RunOptions, where: Path) -> dict[str, Any]:
