@@ -213,8 +213,8 @@ def signature(name: str, words: Sequence[str] = ()) -> Signature:
 
 def _run(words: Sequence[str]) -> None:
     name, *rest = words or ["--help"]
-    if f"{name} {rest[:1] and rest[0]}" in COMMANDS:
-        name, *rest = f"{name} {rest[0]}", *rest[1:]
+    if (both := " ".join(words[:2])) in COMMANDS:  # a command of two words
+        name, rest = both, [*words[2:]]
     if name in ("-h", "--help", "help"):
         print(f"{maelab.__doc__}\n\nusage: maelab COMMAND ...; maelab COMMAND --help says more\n")
         for found in map(signature, COMMANDS):

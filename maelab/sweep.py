@@ -268,7 +268,7 @@ def _find_cluster(address: str) -> None:
     if not host or not port.isdecimal() or int(port) >= 2**16:
         raise UsageError(f"--ray {address}: write local, auto, or the address of a cluster as HOST:PORT")
     try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
     except OSError as error:
         raise RunError(f"no Ray cluster at {address}: {error.strerror or error}") from error
 

@@ -134,6 +134,7 @@ def test_the_command_says_what_it_found_and_loses_nothing(own: Path, maelab: Mae
         (own / "x", "among your images"),
     ):
         assert said in maelab.run("data", "shard", own, out, cwd=tmp_path).error()
+    assert "holds shards already" in maelab.run("data", "shard", "out", "new", cwd=tmp_path).error()
     assert "at least 1" in maelab.run("data", "shard", own, "new", "--shard-mb", 0, cwd=tmp_path).error()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names and not (own / "x").exists()
     assert maelab.run("data", "shards", cwd=tmp_path).error()
@@ -155,6 +156,16 @@ def test_other_tools_read_the_shards(own: Path, written: Path) -> None:
         member = next(one for one in tar if one.name.endswith(".png"))
         index = read_index(written)
         assert member.offset_data in index.columns["offset"] and member.mtime == 0
+
+
+def test_a_folder_that_filled_meanwhile_keeps_what_it_has(own: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(
+        "maelab.data.sharding.write_index", lambda *_: (tmp_path / "out" / "letter.txt").write_text("mine")
+    )
+    with pytest.raises(RunError, match="cannot write"):
+        shard(own, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"] and not list(tmp_path.glob(".out*"))
 
 
 def test_shards_are_cut_at_their_size_and_by_part(own: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from maelab.config import Reading, check_count
 from maelab.data.folder import channels_of, default_size, examine, found_of, range_of
 from maelab.data.layout import File
-from maelab.data.shards import COLUMNS, PARTS, Index, write_index
+from maelab.data.shards import COLUMNS, PARTS, Index, sharded, write_index
 from maelab.data.splits import hash_path, key_of, key_of_text
 from maelab.data.table import absolute
 from maelab.errors import RunError, UsageError
@@ -46,6 +46,8 @@ def shard(
         raise UsageError(f"{out} holds something already; shards go into a new folder")
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies among your images in {folder}; name a folder elsewhere")
+    if sharded(f"folder:{folder}") is not None:
+        raise UsageError(f"{folder} holds shards already; name the folder that they were written from")
     reading = Reading(labels=None if labels is None else absolute(labels), group=group)
     examined = examine(f"folder:{folder}", reading, whole=True)
     found = found_of(examined, reading)
@@ -72,6 +74,8 @@ def shard(
         size = default_size(headers)
         write_index(part, Index(columns, shards, class_names, given, size, channels, value_range, asked, about))
         part.chmod(0o755)
+        if out.is_dir():  # empty; and where it no longer is, this fails
+            out.rmdir()
         os.replace(part, out)
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from error

@@ -41,6 +41,7 @@ COLUMNS: dict[str, type] = {  # one entry for each image
     "group": np.int64, "path": np.int64,
 }  # fmt: skip
 NAME = re.compile(rf"({'|'.join(PARTS)})-[0-9]{{6}}\.tar")
+_THREADS = os.cpu_count() or 1
 _LARGEST = 2**28  # bytes of an image
 _COUNTED, _LINES, _SIZES = ("classes", "modes", "ignored"), ("broken", "notes"), ("smallest", "largest")  # of `Found`
 
@@ -74,8 +75,9 @@ class Index:
 
 def sharded(spec: str) -> Path | None:
     """The folder of "folder:PATH", where it holds shards with their index; otherwise None."""
-    place = Path(spec.removeprefix("folder:")).expanduser()
-    return place if spec.startswith("folder:") and (place / INDEX).is_file() else None
+    path = spec.removeprefix("folder:")
+    place = Path(path).expanduser()
+    return place if path not in (spec, "") and (place / INDEX).is_file() else None
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -267,11 +269,11 @@ class _Reader:
     ) -> None:
         self._folder, self._spec, self._names, self._columns = folder, spec, names, columns
         self._parts, self._shape, self._reading = parts, shape, reading
-        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(os.cpu_count())
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(_THREADS)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         images = np.empty((len(rows), *self._shape), np.uint8)
-        pieces = np.array_split(np.arange(len(rows)), min(len(rows), 2 * (os.cpu_count() or 1)) or 1)
+        pieces = np.array_split(np.arange(len(rows)), min(len(rows), 2 * _THREADS) or 1)
 
         def fill(piece: np.ndarray) -> None:
             for place in piece.tolist():

@@ -23,8 +23,12 @@ from maelab.tasks import pretrain as pretraining
 from maelab.training.runlog import say
 
 STAGES = ("pretrain", "transfer", "finetune", "scratch", "unlabelled")
-_STARTS = {"pretrained": "own autoencoder", "scratch": "scratch", "transfer": "the weights given"}
-_STARTS |= {"unlabelled": "the best of these, with images without labels"}
+_STARTS = {
+    "pretrained": "own autoencoder",
+    "scratch": "scratch",
+    "transfer": "the weights given",
+    "unlabelled": "the best of these, with images without labels",
+}
 ENTRIES = frozenset({"data", "minutes", "seed", "fingerprint", "measured", "pretrain"})
 FILES = (  # all that a fit writes; the plan goes last
     "fit.json", "report.html", "reconstruction.png", "mistakes.png",

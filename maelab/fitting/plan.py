@@ -57,7 +57,7 @@ def _fits(patch_size: int, img_size: tuple[int, int] | None, exactly: bool) -> b
     return patch_size <= most and not (exactly and any(side % patch_size for side in img_size))
 
 
-def _with_others(config: FinetuneConfig) -> FinetuneConfig:
+def with_others(config: FinetuneConfig) -> FinetuneConfig:
     """The same training with images that have no label beside; it goes on from a classifier, so at half the rate."""
     return replace(config, unlabelled=_OTHERS, ema_decay=_EMA, muon_lr=config.muon_lr / 2, blr=config.blr / 2)
 
@@ -150,7 +150,7 @@ def make_plan(
     if others:
         config, n, n_val, step, beside = stages[-1]
         assert isinstance(config, FinetuneConfig)
-        learned, seconds = _fitted(_with_others(config), n, n_val, _WITH_OTHERS * step, beside, seconds=left / 4)
+        learned, seconds = _fitted(with_others(config), n, n_val, _WITH_OTHERS * step, beside, seconds=left / 4)
         if not learned["limit"] and learned["epochs"] * max(1, n // config.batch_size) >= _LEAST:
             chosen["unlabelled"] = {**learned, "init": "finetune"}
             left -= seconds
@@ -200,11 +200,10 @@ def learn_on(plan: dict[str, Any], stage: str, begun: float | None) -> dict[str,
     kind = "transfer" if stage == "transfer" else "finetune"
     measured, planned = plan["measured"][kind], plan["unlabelled"]["epochs"]
     size = tuple(plan[kind]["img_size"])
-    config = FinetuneConfig(**{**plan[kind], "img_size": size, "limit": None, "epochs": measured["epochs"]})
-    config = _with_others(config)
-    if begun is None:
-        chosen = dataclasses.asdict(replace(config, epochs=planned))
-    else:
+    config = with_others(FinetuneConfig(**{**plan[kind], "img_size": size, "limit": None, "epochs": planned}))
+    chosen = dataclasses.asdict(config)
+    if begun is not None:
+        config = replace(config, epochs=measured["epochs"])
         left = 60 * (plan["minutes"] - plan.get("spent", 0)) - (time.perf_counter() - begun)
         seconds = max(1.0, _TO_SPEND * (left - measured["beside_runs_s"]))
         of = measured["images"], measured["validation_images"], _WITH_OTHERS * measured["step_s"], measured["beside_s"]

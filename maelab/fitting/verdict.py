@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from maelab import figures
-from maelab.config import RunOptions
+from maelab.config import FinetuneConfig, RunOptions
 from maelab.data.batches import scale
 from maelab.data.faults import FEW_TEST, UNEVEN
 from maelab.data.folder import Found
+from maelab.fitting.plan import with_others
 from maelab.inference import class_probabilities
 from maelab.model import VisionTransformer
 from maelab.names import shell_word
@@ -266,8 +267,9 @@ def _what_next(result: dict[str, Any], found: Found, plan: dict[str, Any]) -> st
         tries.append(f"a larger --img-size: images of {found.side} pixels were scaled to {height}x{width}")
     if found.unlabelled >= found.labelled and result["better_than_guessing"] and "unlabelled" not in plan:
         config = plan["transfer" if result["chosen"] == "transfer" else "finetune"]
-        changes = {"task": "finetune", "init": result["model"], "limit": None, "unlabelled": 4, "ema_decay": 0.98}
-        tries.append(f"what it learns from the {found.unlabelled} images without labels by {command(config | changes)}")
+        config = with_others(FinetuneConfig(**{**config, "init": result["model"], "limit": None}))
+        line = command({"task": "finetune", **dataclasses.asdict(config)})
+        tries.append(f"what it learns from the {found.unlabelled} images without labels by {line}")
     if found.channels == 3 and plan.get("init", "none") == "none":
         tries.append("weights from larger data, if these are photographs: --init hf:facebook/dinov2-small")
     trained = found.classes.values()
