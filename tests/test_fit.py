@@ -87,13 +87,15 @@ def test_a_fit_ends_with_a_verdict_a_page_and_a_model(fitted, photos, maelab: Ma
     assert result["test"] == {
         "images": n, "pretrained": tuned["test"]["accuracy"], "scratch": scratch["test"]["accuracy"]
     }  # fmt: skip
-    assert result["val"]["images"] >= 2 and not result["beyond_noise"]
+    clear = abs(result["difference"]) > 2 * result["standard_error"]  # either: how many epochs fit depends on the speed
+    assert result["val"]["images"] >= 2 and result["beyond_noise"] is clear
     best = max(stages, key=lambda s: (stages[s]["val"]["accuracy"], -stages[s]["val"]["loss"]))
     assert result["model"] == f"runs/fit-photos/{best}"
-    assert f"on test (n = {n})" in result["verdict"] and "within the noise" in result["verdict"]
+    assert f"on test (n = {n})" in result["verdict"] and ("within the noise" in result["verdict"]) is not clear
     assert result["verdict"].startswith("The model is right on ")
     good, following, worth = result["verdict"].split("\n\n")
-    assert worth.startswith("Pretraining made no clear difference on test") and "To use it: maelab predict" in following
+    assert worth.startswith("Pretraining made no clear difference on test") is not clear
+    assert "To use it: maelab predict" in following
     assert "held out of your images by their content" in result["verdict"]
     page = (out / "report.html").read_text()
     places = [page.index(escape(part)) for part in (good, following, worth)]
