@@ -158,7 +158,11 @@ def test_fifty_steps_of_two_processes_equal_those_of_one(digits_folder, maelab, 
         assert done.status == 0, done.err
     assert_close_rows(tmp_path / "1", tmp_path / "2", 1e-5)
     a, b = weights(tmp_path / "1"), weights(tmp_path / "2")
-    assert all(torch.allclose(a[name], b[name], rtol=0, atol=2e-5) for name in a)
+    for name in a:
+        assert a[name].shape == b[name].shape
+        if name.endswith("qkv.bias"):  # the softmax is blind to the keys' biases: AdamW moves them by rounding alone
+            a[name], b[name] = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (a[name], b[name]))
+        assert torch.allclose(a[name], b[name], rtol=0, atol=2e-5), name
     (one, two) = (read_training(tmp_path / f"{n}" / "checkpoints" / "last" / "training.pt") for n in (1, 2))
     assert one["position"]["step"] == two["position"]["step"] > 50
     for ours, theirs in zip(one["optimizers"], two["optimizers"], strict=True):
