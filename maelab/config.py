@@ -394,6 +394,9 @@ class RunOptions(DataOptions):
     """run folder; None takes the next free runs/TASK-RECIPE-N, or goes on with the last one if it is unfinished"""
     overwrite: bool = False
     """replace a complete run, or another one, in the run folder; this very run, unfinished, goes on all the same"""
+    mirror: str | None = None
+    """URL on object storage, e.g. s3://bucket/run, that gets a copy of the run folder at each save; what is there and
+    further than the run folder is fetched first"""
     devices: int = 1
     """processes, one device each"""
     num_nodes: int = 1

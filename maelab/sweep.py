@@ -19,6 +19,7 @@ from maelab.progress import heartbeat
 from maelab.runs import HoldsAnother, is_complete, open_collection, write_json
 from maelab.runs import folder as folders
 from maelab.runs.listing import SWEEP
+from maelab.runs.mirror import Mirror
 from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
@@ -33,10 +34,11 @@ JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accurac
 
 
 SHARED = ("data", "seed", "split_seed", "val_fraction", "limit", "img_size", "precision")
+OWN = (*(f"figures/{judgement}.png" for judgement in JUDGEMENTS), MARKER)
 FILES = (
-    *(f"figures/{judgement}.png" for judgement in JUDGEMENTS),
+    *OWN,
     *(f"*=*/{task}/{file}" for task in ("pretrain", "probe", "finetune") for file in folders.RUN),
-    folders.LOCK, MARKER,
+    folders.LOCK,
 )  # fmt: skip
 
 
@@ -53,7 +55,8 @@ def run_cell(config: PretrainConfig, finetuning: FinetuneConfig, folder: Path, o
     probing = ProbeConfig(init=init, **{field: value for field, value in same.items() if field != "img_size"})
 
     def done(task: Callable[..., tuple[Path, dict[str, Any]]], config: object) -> dict[str, Any]:
-        place = replace(options, out=folder / task.__name__, overwrite=False)
+        mirror = options.mirror and f"{options.mirror}/{task.__name__}"
+        place = replace(options, out=folder / task.__name__, mirror=mirror, overwrite=False)
         try:
             return task(config, options=place, recipe="sweep")[1]["val"]
         except HoldsAnother:
@@ -155,6 +158,8 @@ def _sweep(
     rows: dict[int, dict[str, Any]] = {}
     begun, computed = time.perf_counter(), 0
     if first_process():
+        if options.mirror:
+            Mirror(options.mirror, FILES).check()
         write_json(out / MARKER, _ranked([], complete=False))
     for number, found in _here(work, options) if ray is None else on_ray(work, options, ray):
         rows[number] = {"settings": dict([*cells][number])} | found
@@ -176,6 +181,8 @@ def _sweep(
                 figures.heat_map(
                     out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
                 )
+    if options.mirror:
+        Mirror(options.mirror, OWN).send(out)
     return result
 
 
@@ -191,6 +198,7 @@ class Cell:
     def judge(self, options: RunOptions) -> dict[str, Any]:
         """The judgements of `run_cell`, or {"error": ...}: whatever ends a cell does not end the others."""
         try:
+            options = replace(options, mirror=options.mirror and f"{options.mirror}/{self.place.name}")
             return run_cell(self.config, self.finetuning, self.place, options)
         except Interrupted:
             raise

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from maelab import recipes
 from maelab.config import FinetuneConfig, LoopConfig, PretrainConfig, RunOptions
 from maelab.errors import RunError, UsageError
-from maelab.runs import read_metrics
+from maelab.runs import Run, read_metrics
 from maelab.tasks import finetune, pretrain
 from maelab.training.checkpoint import ModelSpec, read_training
 from maelab.training.loop import Outcome, Step, Task, train
@@ -262,7 +262,7 @@ def fit(folder: Path, task: Task, **changes) -> Outcome:
     folder.mkdir(exist_ok=True)
     engine = start_engine(RunOptions(device="cpu", threads=1), "fp32")
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 2, "blr": 6.4, "weight_decay": 0.0, "precision": "fp32"}
-    return train(engine, folder, task, LoopConfig(**{**settings, **changes}))
+    return train(engine, Run(folder, {}), task, LoopConfig(**{**settings, **changes}))
 
 
 def flat(model: nn.Module) -> torch.Tensor:

@@ -15,6 +15,7 @@ from maelab.config import LoopConfig, RunOptions
 from maelab.errors import UsageError
 from maelab.model import MaskedAutoencoderViT, VisionTransformer
 from maelab.model.vit import Attention, Block
+from maelab.runs import Run
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import choose_precision, prepare, start_engine
@@ -57,7 +58,7 @@ def test_a_training_step_and_validation_run_in_the_chosen_precision(precision, t
 
     spec = ModelSpec("Linear", {"in_features": 8, "out_features": 2}, "none")
     task = Task(Linear(8, 2), spec, 8, Step(lambda *_: (torch.ones(4, 8),), loss), validate, "loss", False)
-    train(start_engine(CPU, precision), tmp_path, task, LoopConfig(epochs=1, batch_size=4, warmup_epochs=0))
+    train(start_engine(CPU, precision), Run(tmp_path, {}), task, LoopConfig(epochs=1, batch_size=4, warmup_epochs=0))
     assert seen == {"step": {precision == "bf16"}, "validation": {precision == "bf16"}}
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from maelab.config import LoopConfig, RunOptions
 from maelab.errors import RunError, UsageError
+from maelab.runs import Run
 from maelab.training.checkpoint import ModelSpec
 from maelab.training.loop import Step, Task, train
 from maelab.training.parallel import start_engine
@@ -110,7 +111,7 @@ def decide(folder: Path) -> None:
             return {"loss": model(x).square().mean()}
 
         def validate(model: Any, epoch: int) -> dict[str, float]:
-            return {"loss": float(epoch if rank == 0 else -epoch)}
+            return {"loss": float(epoch if rank == 0 else -epoch), "threads": torch.get_num_threads()}
 
         return Task(nn.Linear(2, 1), spec, 4, Step(batch, loss), validate, "loss", False, patience=2)
 
@@ -120,7 +121,7 @@ def decide(folder: Path) -> None:
             (folder / name).mkdir()
         engine.barrier()
         try:
-            outcome = train(engine, folder / name, task(3 if name == "nan" else None), config)
+            outcome = train(engine, Run(folder / name, {}), task(3 if name == "nan" else None), config)
             found[name] = [outcome.epochs, outcome.best_epoch, outcome.val]
         except RunError as error:
             found[name] = str(error).partition(" (")[0]
@@ -128,13 +129,14 @@ def decide(folder: Path) -> None:
 
 
 def test_all_processes_decide_alike(maelab: Maelab, tmp_path: Path):
-    """Stopping early, the best epoch, and giving up: at the same step of every process."""
+    """Stopping early, the best epoch, and giving up: at the same step of every process. One validates, with the
+    threads of both."""
     here = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from pathlib import Path; import test_ranks\n"
     there = f"test_ranks.launch(test_ranks.decide, test_ranks.TWO, Path({str(tmp_path)!r}))"
     assert maelab.run("--version", cwd=tmp_path, first=FORKED_RANKS + here + there).status == 0
     for rank in "01":
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found == {"patience": [3, 1, {"loss": 1.0}], "nan": "the loss is nan at step 4"}
+        assert found == {"patience": [3, 1, {"loss": 1.0, "threads": 2}], "nan": "the loss is nan at step 4"}
 
 
 def test_interrupted_it_saves_and_goes_on_and_killed_it_leaves_nobody(

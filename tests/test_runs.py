@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin
 
 from maelab import cli
 from maelab.training import loop
+from maelab.training.trackers import Events
 
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
 EPOCHS, STEPS = 3, 6  # of 96 images in batches of 16
@@ -322,6 +323,17 @@ def test_tensorboard_holds_every_epoch_once(maelab, data, tmp_path):
         written = [(row["epoch"], row[key]) for row in rows(tmp_path / "run") if row["split"] == split]
         assert [step for step, _ in logged] == [1, 2, 3]
         assert logged == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in written]
+
+
+def test_events_are_read_in_the_order_in_which_they_were_written(tmp_path):
+    """A file of events hides those of its step that were read before it."""
+    for number in range(20):
+        events = Events(tmp_path, number)
+        events.log({"loss": 1.0}, number)
+        events.close()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [said.step for said in read.Scalars("loss")] == [*range(20)]
 
 
 def test_tensorboard_gets_hyperparameters_scores_and_pictures(maelab, data, tmp_path):

@@ -29,7 +29,7 @@ from maelab.inference import (
     visible_mean_mse,
 )
 from maelab.model import MaskedAutoencoderViT
-from maelab.runs import read_metrics
+from maelab.runs import Run, read_metrics
 from maelab.tasks import finetune, pretrain, probe
 from maelab.tasks.evaluate import evaluate
 from maelab.tasks.reconstruct import reconstruct
@@ -240,11 +240,11 @@ def test_fine_tuning_overfits_64_images(digits_folder, tmp_path):
 def test_the_test_set_is_read_with_the_weights_of_the_best_epoch(digits_folder, tmp_path, monkeypatch):
     """Validation is made to prefer epoch 1 of 3, whose weights are not those of the end."""
 
-    def prefer_first(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+    def prefer_first(engine: Any, run: Run, task: Task, *more: Any) -> Outcome:
         def validate(model: Any, epoch: int) -> dict[str, float]:
             return {**task.validate(model, epoch), "accuracy": 1 / epoch}
 
-        return train(engine, folder, replace(task, validate=validate), *more)
+        return train(engine, run, replace(task, validate=validate), *more)
 
     monkeypatch.setattr(finetune, "train", prefer_first)
     config = classifier_config(digits_folder, epochs=3)
@@ -305,7 +305,7 @@ def test_a_grey_encoder_serves_colour_images(cifar_folder, autoencoder, tmp_path
 def test_a_share_of_the_labels_is_balanced(digits_folder, tmp_path, monkeypatch):
     seen = []
 
-    def no_training(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+    def no_training(engine: Any, run: Run, task: Task, *more: Any) -> Outcome:
         seen.append(task.items)
         raise UsageError("enough")
 

@@ -14,6 +14,7 @@ from maelab.data.batches import scale
 from maelab.errors import UsageError
 from maelab.inference import class_probabilities, extract_features, knn_accuracy, reconstruct_images
 from maelab.model.masks import make_mask
+from maelab.runs import Run
 from maelab.tasks import finetune, pretrain, probe
 from maelab.training.checkpoint import ModelSpec, load_model, save_model
 from maelab.training.loop import Outcome, Step, Task, train
@@ -59,11 +60,11 @@ def test_balanced_classes_weigh_alike_in_the_loss(digits_folder):
 def test_the_figures_of_a_fine_tuning_show_its_test_images(digits_folder, tmp_path, drawn, monkeypatch):
     """Validation prefers epoch 1; of 3 images one was taken for another class."""
 
-    def prefer_first(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+    def prefer_first(engine: Any, run: Run, task: Task, *more: Any) -> Outcome:
         def validate(model: Any, epoch: int) -> dict[str, float]:
             return {**task.validate(model, epoch), "accuracy": 1 / epoch}
 
-        return train(engine, folder, replace(task, validate=validate), *more)
+        return train(engine, run, replace(task, validate=validate), *more)
 
     monkeypatch.setattr(finetune, "train", prefer_first)
     monkeypatch.setattr(finetune, "PICTURED", 3)
@@ -95,7 +96,7 @@ def test_the_figures_of_a_fine_tuning_show_its_test_images(digits_folder, tmp_pa
 def handed_to_the_loop(module: Any, start: Any, config: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     tasks: list[Task] = []
 
-    def no_training(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+    def no_training(engine: Any, run: Run, task: Task, *more: Any) -> Outcome:
         tasks.append(task)
         raise UsageError("enough")
 
@@ -217,7 +218,7 @@ def test_a_probe_tells_validation_from_test_and_counts_its_neighbours(digits_fol
     parts = {"val": val, "test": data.test}
     found: dict[int, list[float]] = {}
 
-    def random_weights(engine: Any, folder: Path, task: Task, *more: Any) -> Outcome:
+    def random_weights(engine: Any, run: Run, task: Task, *more: Any) -> Outcome:
         assert (task.metric, task.higher_is_better, task.items) == ("accuracy", True, len(known))
         with torch.no_grad():
             torch.nn.init.normal_(task.model.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, classification_scores, masked_mse
 from maelab.names import visible
 from maelab.progress import heartbeat, say_once
-from maelab.runs import saved_elsewhere
+from maelab.runs import Run, saved_elsewhere
 from maelab.runs.commands import ENCODER
 from maelab.tasks import finetune as finetuning
 from maelab.tasks import pretrain as pretraining
@@ -261,7 +261,7 @@ def _measure(
 
         task = Task(model, spec, steps * config.batch_size, replace(step, batch=batch), timed, metric, metric != "loss")
         with tempfile.TemporaryDirectory(prefix="maelab-fit-") as place:
-            train(engine, Path(place), task, replace(config, epochs=WARM_UP + 2 if engine.captures else 3))
+            train(engine, Run(Path(place), {}), task, replace(config, epochs=WARM_UP + 2 if engine.captures else 3))
         return times[-1] - times[-2]  # the first epoch also builds and allocates, the first steps are not yet captured
 
     loud, console.quiet = console.quiet, True

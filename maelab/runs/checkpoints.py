@@ -191,11 +191,16 @@ def last_commit(run: Path) -> dict[str, Any]:
 
 
 def locate(path: str | Path) -> Path:
-    """The folder that `path` means: maelab:NAME is one that comes with maelab, anything else is itself.
+    """The folder that `path` means: of maelab:NAME the one that comes with maelab, of a URL a copy, else itself.
 
     Raises:
-        UsageError: if none of that name comes with maelab.
+        UsageError: if none of that name comes with maelab, or there is nothing at the URL.
+        RunError: if the storage does not answer.
     """
+    from maelab.runs import mirror  # which knows the files of this module
+
+    if url := mirror.as_url(path):
+        return mirror.fetched(url)
     if not str(path).startswith("maelab:"):
         return Path(path)
     name = str(path).removeprefix("maelab:")

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 from maelab.config import DataConfig, FinetuneConfig, LoopConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import RunError, UsageError
 from maelab.files import read_json
+from maelab.runs import checkpoints as saved
 from maelab.runs import folder as folders
-from maelab.runs.checkpoints import COMMIT, checkpoints, gone, settle
+from maelab.runs.checkpoints import COMMIT, Content, checkpoints, gone, settle
 from maelab.runs.files import write_atomically, write_json
+from maelab.runs.mirror import Mirror, Overtaken, as_url
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "env.json", "result.json"
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
@@ -47,11 +49,13 @@ class Run:
         folder: where it is.
         result: of the run, if it was complete before; else {}.
         notes: what was found damaged in it, for the person to read.
+        mirror: its copy on object storage, which gets what is committed.
     """
 
     folder: Path
     result: dict[str, Any]
     notes: tuple[str, ...] = ()
+    mirror: Mirror | None = None
 
     def figure(self, name: str) -> Path:
         """Where a figure goes: one of the names in `maelab.runs.folder.FIGURES`.
@@ -67,10 +71,40 @@ class Run:
         if not self.folder.is_dir():
             raise gone(self.folder)
 
+    def commit(self, files: Mapping[str, Content], about: Mapping[str, Any]) -> str:
+        """Commit checkpoints, see `maelab.runs.checkpoints.commit`, and send them to the mirror.
+
+        Returns:
+            Why they could not be sent, "" where they were: the next commit will send them.
+
+        Raises:
+            RunError: if they cannot be written here, or another process writes to the mirror.
+        """
+        saved.commit(self.folder, files, about)
+        try:
+            self._send()
+        except Overtaken:
+            raise
+        except RunError as error:
+            return f"{error}; the next save tries again"
+        return ""
+
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the result, which makes the run complete: it must come last."""
+        """Write the result, which makes the run complete: it must come last.
+
+        Raises:
+            RunError: if it cannot be written; or sent to the mirror: then it is complete here all the same.
+        """
         self.check()
         write_json(self.folder / RESULT, result)
+        try:
+            self._send()
+        except RunError as error:
+            raise RunError(f"{error}; the run is complete in {self.folder}, and the same command sends it") from error
+
+    def _send(self) -> None:
+        if self.mirror is not None:
+            self.mirror.send(self.folder)
 
 
 def is_complete(folder: Path) -> bool:
@@ -126,12 +160,21 @@ def check_out(options: RunOptions) -> None:
     Raises:
         UsageError: if --out is a file, or holds what is not maelab's.
     """
-    if (folder := options.out) is None or not folder.exists():
+    if (folder := options.out) is None:
+        return
+    refuse_url(folder)
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; give the name of a folder")
     if options.overwrite or not is_run(config_of(folder)):
         _refuse(folder)
+
+
+def refuse_url(folder: Path) -> None:
+    """Refuse a URL as a folder to write into. Raises UsageError."""
+    if (url := as_url(folder)) is not None:
+        raise UsageError(f"--out is a folder on this machine; --mirror {url} keeps a copy of a run there")
 
 
 def _refuse(folder: Path) -> None:
@@ -210,6 +253,7 @@ def open_collection(
         UsageError: if the folder holds something else, or is in use.
         RunError: if the marker is damaged, or the folder cannot be made.
     """
+    refuse_url(out)
     if out.is_dir() and not entries <= read_json(out / marker).keys():
         folders.refuse_foreign(out, patterns)
         if not folders.is_empty(out, patterns):
@@ -243,28 +287,35 @@ def _claim_free(
     while True:
         folder = options.out or _default_folder(wanted, environment)
         try:
-            return stack.enter_context(_claimed(folder, wanted, environment, options.overwrite))
+            return stack.enter_context(_claimed(folder, wanted, environment, options))
         except folders.Busy:
             if options.out:
                 raise
 
 
 @contextmanager
-def _claimed(folder: Path, wanted: dict[str, Any], environment: Mapping[str, Any], overwrite: bool) -> Iterator[Run]:
+def _claimed(
+    folder: Path, wanted: dict[str, Any], environment: Mapping[str, Any], options: RunOptions
+) -> Iterator[Run]:
+    overwrite, mirror = options.overwrite, Mirror(options.mirror) if options.mirror else None
     if folder.is_dir() and not is_run(config_of(folder)):
         _refuse(folder)  # before anything is written, be it a lock
     with folders.locked(folder) as new:
-        begun = False
+        begun = unsent = False
         try:
+            if mirror is not None:
+                mirror.check()
+                unsent = mirror.fetch(folder, overwrite)
             present = config_of(folder)
             if not is_run(present):
                 _refuse(folder)
             elif found := _what_differs(folder, present, wanted, environment, overwrite):
                 if not overwrite:
                     raise HoldsAnother(f"{folder} holds {found}; use --overwrite to replace it, or another --out")
-                folders.refuse_foreign(folder, folders.RUN)
-                folders.remove(folder, folders.RUN)
+                _replace(folder, mirror)
             if is_complete(folder):
+                if mirror is not None and unsent:
+                    mirror.send(folder)
                 yield Run(folder, result_of(folder))
                 return
             begun = True
@@ -274,16 +325,23 @@ def _claimed(folder: Path, wanted: dict[str, Any], environment: Mapping[str, Any
             except RunError as error:
                 if not overwrite:
                     raise RunError(f"{error}; --overwrite starts anew") from error
-                folders.refuse_foreign(folder, folders.RUN)
-                folders.remove(folder, folders.RUN)
+                _replace(folder, mirror)
                 notes = []
             write_json(folder / CONFIG, wanted)
             write_json(folder / ENVIRONMENT, environment)
-            yield Run(folder, {}, tuple(notes))
+            yield Run(folder, {}, tuple(notes), mirror)
         finally:
             kept = is_complete(folder) or (checkpoints(folder) / COMMIT).exists()
             if folder.is_dir() and not kept and (begun or new):
                 folders.take_back(folder, folders.RUN, new=new)
+
+
+def _replace(folder: Path, mirror: Mirror | None) -> None:
+    """Remove a run, and its copy."""
+    folders.refuse_foreign(folder, folders.RUN)
+    folders.remove(folder, folders.RUN)
+    if mirror is not None:
+        mirror.clear()
 
 
 def _what_differs(

@@ -39,7 +39,7 @@ def figure_of(folder: Path, name: str) -> Path:
     return folder / "figures" / f"{name}.png"
 
 
-def _known(path: str, patterns: tuple[str, ...]) -> bool:
+def known(path: str, patterns: tuple[str, ...]) -> bool:
     """Whether a file of this relative name may be maelab's: one of the names, or such a name while it was written."""
     *above, name = path.split("/")
     parts = [*above, final_name(name)]
@@ -55,7 +55,7 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
     return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
 
 
-def _entries(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
+def entries(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
     """(relative name, whether it is a folder) of everything in `folder`, what lies in a folder before the folder.
 
     Links are followed nowhere: a link is a file, and none of maelab's.
@@ -64,7 +64,7 @@ def _entries(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
         name = below + entry.name
         inside = entry.is_dir(follow_symlinks=False)
         if inside and name not in KEPT:
-            yield from _entries(folder / entry.name, f"{name}/")
+            yield from entries(folder / entry.name, f"{name}/")
         yield name, inside
 
 
@@ -75,9 +75,9 @@ def foreign(folder: Path, patterns: tuple[str, ...]) -> str | None:
         folder: must be there.
         patterns: of the files that maelab writes into it, relative and with "/".
     """
-    for name, inside in _entries(folder):
+    for name, inside in entries(folder):
         link = (folder / name).is_symlink()
-        ours = name in KEPT or (_known_folder(name, patterns) if inside else _known(name, patterns) and not link)
+        ours = name in KEPT or (_known_folder(name, patterns) if inside else known(name, patterns) and not link)
         if not ours:
             return name
     return None
@@ -89,18 +89,18 @@ def remove(folder: Path, patterns: tuple[str, ...], *, keep: tuple[str, ...] = (
     Raises:
         OSError: if a file cannot be removed.
     """
-    entries = list(_entries(folder))
+    present = list(entries(folder))
     order = {pattern: number for number, pattern in enumerate(patterns)}
 
     def place(name: str) -> int:
         parts = [*name.split("/")[:-1], final_name(name.split("/")[-1])]
         return max((n for pattern, n in order.items() if _fits(parts, pattern.split("/"))), default=0)
 
-    files = [name for name, inside in entries if not inside and _known(name, patterns) and name not in keep]
+    files = [name for name, inside in present if not inside and known(name, patterns) and name not in keep]
     for name in sorted(files, key=place):
         if not (folder / name).is_symlink():
             (folder / name).unlink(missing_ok=True)
-    for name, inside in entries:
+    for name, inside in present:
         if inside and name not in KEPT and _known_folder(name, patterns):
             with contextlib.suppress(OSError):  # it holds something else
                 (folder / name).rmdir()
@@ -108,17 +108,17 @@ def remove(folder: Path, patterns: tuple[str, ...], *, keep: tuple[str, ...] = (
 
 def remove_leftovers(folder: Path, patterns: tuple[str, ...]) -> None:
     """Remove the parts of files that a killed process left under their temporary names."""
-    for name, inside in list(_entries(folder)):
+    for name, inside in list(entries(folder)):
         last = PurePosixPath(name).name
-        if not inside and final_name(last) != last and _known(name, patterns):
+        if not inside and final_name(last) != last and known(name, patterns):
             (folder / name).unlink(missing_ok=True)
 
 
 def is_empty(folder: Path, patterns: tuple[str, ...]) -> bool:
     """Whether nothing lies there but the lock and parts of files of a process that ended before it had begun."""
-    for name, inside in _entries(folder):
+    for name, inside in entries(folder):
         last = PurePosixPath(name).name
-        started = name == LOCK or (final_name(last) != last and _known(name, patterns))
+        started = name == LOCK or (final_name(last) != last and known(name, patterns))
         if not (inside and _known_folder(name, patterns)) and not started:
             return False
     return True

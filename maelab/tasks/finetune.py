@@ -216,7 +216,7 @@ def finetune(
             keep_last=config.keep == "last",
             layer_decay=config.layer_decay,
         )
-        outcome = train(engine, folder, task, config, tracker)
+        outcome = train(engine, run, task, config, tracker)
 
         assert data.test is not None and data.test.labels is not None
         test_set = data.test.to(engine.device)

@@ -183,7 +183,7 @@ def pretrain(
 
         outcome = train(
             engine,
-            folder,
+            run,
             Task(
                 model=model,
                 spec=spec,

@@ -101,7 +101,7 @@ def probe(
             metric="accuracy",
             higher_is_better=True,
         )
-        outcome = train(engine, folder, task, config, tracker)
+        outcome = train(engine, run, task, config, tracker)
         with torch.no_grad(), engine.autocast():
             test = {"knn_accuracy": neighbours("test"), **scores(linear, "test")}
             val = {"knn_accuracy": neighbours("val"), **outcome.val}

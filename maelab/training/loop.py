@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from maelab import native
 from maelab.config import BlocksConfig, LoopConfig
 from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
-from maelab.runs import commit
+from maelab.runs import Run
 from maelab.runs.checkpoints import TRAINING, checkpoints
 from maelab.training.capture import captured
 from maelab.training.checkpoint import ModelSpec, damaged, load_model, portable, read_training
@@ -125,8 +124,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker: Tracker | None = None) -> Outcome:
-    """Train `task.model`, saving and logging into `folder`; go on where the folder's last checkpoint stands.
+def train(engine: Engine, run: Run, task: Task, config: LoopConfig, tracker: Tracker | None = None) -> Outcome:
+    """Train `task.model`, saving and logging into the run folder; go on where its last checkpoint stands.
 
     Leaves the best weights (on validation; averaged ones if `ema_decay` is set) in `task.model`.
 
@@ -134,7 +133,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
         Interrupted: after saving, when Ctrl-C or SIGTERM asked to stop.
         RunError: when the loss is no longer finite; the checkpoints keep their last good state.
     """
-    parts = engine.world_size * config.accumulate
+    folder, parts = run.folder, engine.world_size * config.accumulate
     per_epoch = steps_per_epoch(task.items, config.batch_size)
     batch_size = min(config.batch_size, task.items)
     if batch_size % parts:
@@ -235,7 +234,8 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
             files: dict[str, Any] = {f"last/{name}": content for name, content in weights.items()}
             files |= {f"best/{name}": content for name, content in weights.items()} if better else {}
             files[f"last/{TRAINING}"] = lambda place: torch.save(state, place)
-            commit(folder, files, {"step": position["step"], "epoch": position["step"] // per_epoch})
+            if unsent := run.commit(files, {"step": position["step"], "epoch": position["step"] // per_epoch}):
+                log.line(unsent)
         engine.barrier()
 
     def check(loss: float, step: int) -> None:
@@ -306,7 +306,7 @@ def train(engine: Engine, folder: Path, task: Task, config: LoopConfig, tracker:
                     judged.eval()
                     val: dict[str, float] = {}
                     if engine.is_global_zero:  # what it finds decides for all, to the last bit
-                        with torch.no_grad(), engine.autocast():
+                        with torch.no_grad(), engine.autocast(), engine.alone():
                             val = task.validate(judged, epoch)
                     val = engine.broadcast(val)
                     check(val["loss"], step)  # the weights may have gone with the last update

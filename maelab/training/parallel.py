@@ -62,6 +62,17 @@ class Engine:
             torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         )
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, one process computes and the others wait: on CPUs it has the threads of all on its machine."""
+        threads = torch.get_num_threads()
+        shared = self.world_size > 1 and self.device.type == "cpu"
+        torch.set_num_threads(threads * (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if shared else 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     def joined(self, model: nn.Module) -> Any:
         """What a step calls in the place of a model on the device: itself, or with several processes a stand-in.
 

@@ -217,7 +217,8 @@ def _environment(options: RunOptions, local_rank: int, folder: Path) -> dict[str
         if interface := _interface_to(address, port):
             meeting |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interface)}
     rank, size = node * options.devices + local_rank, options.devices * options.num_nodes
-    return meeting | {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}
+    local = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(options.devices)}
+    return meeting | local | {"RANK": str(rank), "WORLD_SIZE": str(size)}
 
 
 def _interface_to(address: str, port: int) -> str | None:

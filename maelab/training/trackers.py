@@ -38,7 +38,8 @@ class Events:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}.{uuid.uuid4().hex[:8]}{EVENTS}"
+        seconds, rest = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names
+        name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{os.getpid()}.{uuid.uuid4().hex[:8]}{EVENTS}"
         self._file = open(folder / name, "wb")  # noqa: SIM115 - closed by close()
         self._records = RecordWriter(self._file)
         self._event: Any = event_pb2  # generated: no types

@@ -22,6 +22,7 @@ from conftest import read_cifar_small, read_mnist_small
 
 from maelab.config import FinetuneConfig, LoopConfig, PretrainConfig, RunOptions
 from maelab.data import split
+from maelab.runs import Run
 from maelab.tasks import finetune, pretrain
 from maelab.training.loop import Outcome, Task, train
 from maelab.training.parallel import Engine
@@ -86,7 +87,7 @@ def record(curve: Curve, folder: Path, muon_in_bf16: bool = True) -> list[float]
     data = replace(whole, train=train_set, test=test_set)
     parts: list[float] = []
 
-    def recording(engine: Engine, run: Path, task: Task, config: LoopConfig, tracker: None) -> Outcome:
+    def recording(engine: Engine, run: Run, task: Task, config: LoopConfig, tracker: None) -> Outcome:
         def loss(*arguments: Any) -> dict[str, torch.Tensor]:
             values = task.step.loss(*arguments)
             parts.append(float(values["loss"].detach()))
