@@ -87,7 +87,7 @@ class Engine:
                 fully_shard(block)
             return _Joined(fully_shard(_Named(model)))
         device_ids = None if self.device.type == "cpu" else [self.device]
-        return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids))
+        return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids, gradient_as_bucket_view=True))
 
     def apart(self, joined: Any) -> contextlib.AbstractContextManager[Any]:
         """Gradients made inside wait for those of the next part, before they are averaged over the processes."""
