@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from maelab import runs
-from maelab.report import report
+from maelab.report import build_page
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "results"
@@ -56,7 +56,7 @@ BESIDE = {
         "0.9927 after 1000 + 20 epochs",
         ("best-mnist-s?", "test", "accuracy"),
         "after 60 + 20",
-        "not measured",
+        "scratch-mnist-s?",
     ),
     "the same by recipe `mnist`": (
         "0.985 of validation after 10 + 10",
@@ -100,6 +100,7 @@ ROWS = {  # of the table of runs: what it says, then which autoencoders and whic
 }
 CONTROLS = {  # of its table of controls: which classifiers from scratch, from an MNIST and from a CIFAR-10 autoencoder
     "MNIST, 6 epochs": ("mnist-scratch-s?", "bf16-s?-f", ""),
+    "MNIST, 20 epochs, strong augmentation": ("scratch-mnist-s?", "best-mnist-s?", ""),
     "MNIST, 10% of the labels, 30 epochs": ("mnist-share10-scratch-s?", "mnist-share10-mae-s?", ""),
     "MNIST, 1% of the labels, 100 epochs": ("mnist-share1-scratch-s?", "mnist-share1-mae-s?", ""),
     "CIFAR-10, 10 epochs": ("augmented-scratch-s?", "augmented-mnist-s?", "augmented-cifar-s?"),
@@ -293,7 +294,15 @@ def build(records: Mapping[str, runs.Record]) -> None:
                 elif old.is_file():
                     shutil.copyfile(old, target)
         shutil.rmtree(BUILD, ignore_errors=True)
-        shown = report([place], out=BUILD / "report.html", figures=BUILD / "figures")["pictures"]
+        rebuilt = runs.figure_of(place / "mae-mnist-long", "reconstructions")
+        shown = build_page(
+            [place],
+            out=BUILD / "report.html",
+            figures=BUILD / "figures",
+            title="Masked autoencoders on MNIST and CIFAR-10",
+            lead=opening(records),
+            pictures={"digits that the autoencoder had not seen, a quarter of each, and what it makes of it": rebuilt},
+        )["pictures"]
         shutil.rmtree(PICTURES, ignore_errors=True)
         for file in map(Path, shown):
             target = PICTURES / file.parents[1].relative_to(place.resolve()) / file.name
@@ -310,6 +319,30 @@ def statistic(results: list[dict[str, Any]], part: str, key: str) -> str:
 
 def results_of(records: Mapping[str, runs.Record], pattern: str) -> list[dict[str, Any]]:
     return [record["result"] for name, record in records.items() if pattern and fnmatchcase(name, pattern)]
+
+
+def opening(records: Mapping[str, runs.Record]) -> list[str]:
+    """What was done, four figures, and what pretraining was worth, for the top of the page."""
+
+    def accuracy(pattern: str) -> str:
+        results = results_of(records, pattern)
+        return f"{statistic(results, 'test', 'accuracy')} ({len(results)} seed{'s' * (len(results) != 1)})"
+
+    done = [record["result"]["task"] for record in records.values() if "result" in record]
+    few, few_alone, all_, all_alone, best, alone = map(
+        accuracy,
+        ("share1-cifar-s?", "share1-scratch-s?", "augmented-cifar-s?", "augmented-scratch-s?", "best-mnist-s?",
+         "scratch-mnist-s?"),
+    )  # fmt: skip
+    return [
+        f"{done.count('pretrain')} autoencoders learned from MNIST and CIFAR-10 without labels, and"
+        f" {done.count('finetune')} classifiers began from their encoders or from scratch.",
+        f"Test accuracy: MNIST {accuracy('erased-mnist-s?')}; CIFAR-10 {accuracy('longest-cifar-s?')} from its own"
+        f" autoencoder, {accuracy('transfer-s?')} from one of MNIST; with 1 % of its labels {few}.",
+        "What pretraining was worth, beside the same fine-tuning from scratch: with 1 % of CIFAR-10's labels"
+        f" {few} instead of {few_alone}; with all of them, after ten epochs, {all_} instead of {all_alone}; on MNIST"
+        f" with all labels, after twenty epochs, nothing: {best} beside {alone}.",
+    ]
 
 
 def gains(records: Mapping[str, runs.Record]) -> str:
