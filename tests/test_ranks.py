@@ -142,8 +142,10 @@ def test_all_processes_decide_alike(maelab: Maelab, tmp_path: Path):
 def test_interrupted_it_saves_and_goes_on_and_killed_it_leaves_nobody(
     digits_folder: Path, maelab: Maelab, tmp_path: Path
 ):
+    """Two processes that read from shards: interrupted, one of them killed, and the one that started them killed."""
+    assert maelab.run("data", "shard", digits_folder, "shards", cwd=tmp_path).status == 0
     flags = "--limit 64 --batch-size 16 --epochs 60 --val-fraction 0.1 --device cpu --devices 2 --threads 1 --out run"
-    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", "--knn-every", 0, *flags.split())
+    line = ("pretrain", "smoke", "--data", "folder:shards", "--knn-every", 0, *flags.split())
     rows = tmp_path / "run" / "metrics.jsonl"
 
     process = maelab.start(*line, cwd=tmp_path)
@@ -154,6 +156,14 @@ def test_interrupted_it_saves_and_goes_on_and_killed_it_leaves_nobody(
     ended = process.wait()
     assert ended.status == 130 and ended.error().startswith("stopped at step "), ended
     assert len(children) >= 2
+    all_go(children)
+
+    process = maelab.start(*line, cwd=tmp_path)
+    process.wait_for(rows, lines=rows.read_bytes().count(b"\n") + 1)
+    children = children_of(process.pid)
+    os.kill(max(children), signal.SIGKILL)
+    ended = process.wait()
+    assert ended.status == 1 and "process 1 of the run" in ended.error(), ended
     all_go(children)
 
     process = maelab.start(*line, cwd=tmp_path)
