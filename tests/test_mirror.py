@@ -19,6 +19,7 @@ from maelab import recipes
 from maelab.config import PretrainConfig, RunOptions
 from maelab.errors import RunError, UsageError
 from maelab.runs import HoldsAnother, commit, result_of
+from maelab.runs import folder as folders
 from maelab.runs.checkpoints import NAMES, intact, last_commit
 from maelab.runs.mirror import Mirror, Overtaken, as_url, fetched, shown
 from maelab.tasks.pretrain import pretrain
@@ -152,6 +153,14 @@ def test_of_a_run_here_and_its_copy_the_further_one_counts(tmp_path, url):
     mirror.send(ahead)
     assert not Mirror(url).fetch(behind) and whole(behind) == 2
     assert not Mirror(url).fetch(ahead)
+
+
+def test_a_copy_on_this_machine_keeps_its_lock(tmp_path):
+    """file:// may lead to a folder in which maelab works."""
+    with folders.locked(tmp_path / "at-work"):
+        Mirror((tmp_path / "at-work").as_uri()).check()
+        with pytest.raises(UsageError, match="another process is working"), folders.locked(tmp_path / "at-work"):
+            pass
 
 
 def test_two_that_send_to_one_place_are_told_apart(tmp_path, url):

@@ -28,6 +28,7 @@ from maelab.runs.files import final_name, temporary, write_temporary
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(/+)(.+)", re.DOTALL)  # one letter is a drive of Windows
 _COMMIT = "checkpoints/commit.json"
 _FIRST, _LAST = ("config.json", "env.json"), (_COMMIT, "result.json")
+_TRIAL = ".maelab.mirror"  # a file that is written to see whether that is allowed
 _NOT_FOR_READERS = ("training.pt", "metrics.jsonl", folders.LOCK)
 
 
@@ -68,8 +69,8 @@ class Mirror:
         """
         self._names()
         with self._storage() as (storage, root):
-            storage.pipe_file(f"{root}/{folders.LOCK}", b"")
-            storage.rm_file(f"{root}/{folders.LOCK}")
+            storage.pipe_file(f"{root}/{_TRIAL}", b"")
+            storage.rm_file(f"{root}/{_TRIAL}")
 
     def fetch(self, folder: Path, overwrite: bool = False) -> bool:
         """Bring what is there into the folder, if a run there is further than the folder's, or the folder has none.
@@ -148,7 +149,7 @@ class Mirror:
                 return []
         names = [path.removeprefix(root).lstrip("/") for path in found]
         known = _in_turn(names, self.patterns)
-        if other := sorted({*names} - {*known, folders.LOCK}):
+        if other := sorted({*names} - {*known, folders.LOCK, _TRIAL}):
             raise UsageError(
                 f"{shown(self.url)} holds {other[0] or 'a file'!r}, which maelab did not write; choose another URL"
             )
