@@ -173,7 +173,7 @@ SHARED = ("--optimizer", "adamw", "--clip-grad", 0.5, "--ema-decay", 0.9, "--acc
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize("task", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_processes_that_share_the_model_out_equal_one(digits_folder, maelab, tmp_path, task):
     """FSDP: 2 processes x 2 parts x 8 images against 1 x 32, clipped and averaged."""
     changes: dict[str, Any] = {"optimizer": "adamw", "clip_grad": 0.5, "ema_decay": 0.9}
@@ -188,7 +188,7 @@ def test_processes_that_share_the_model_out_equal_one(digits_folder, maelab, tmp
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("first", ["shared", "alone"])
+@pytest.mark.parametrize("first", ["shared", pytest.param("alone", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_the_model_shared_out_or_in_one_piece(digits_folder, maelab, tmp_path, first):
     """Stopped in the middle of an epoch; the checkpoint holds whole tensors."""
     line = ["pretrain", "smoke", "--data", f"folder:{digits_folder}", "--limit", 96, "--batch-size", 32, "--threads", 1]
