@@ -223,6 +223,15 @@ def test_what_is_a_url():
     assert shown("ftp://me:secret@host/run") == "ftp://host/run"
 
 
+def test_a_link_is_not_sent(tmp_path, url):
+    run_with(tmp_path / "run", 1)
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "secret")
+    (tmp_path / "run" / "result.json").symlink_to(tmp_path / "nowhere")
+    Mirror(url).send(tmp_path / "run")
+    assert there(url).keys() == here(tmp_path / "run").keys() - {"metrics.jsonl"}
+
+
 def test_a_run_is_read_by_its_url(tmp_path, url):
     with pytest.raises(UsageError, match=f"no run or checkpoint at {url}"):
         fetched(url)

@@ -119,10 +119,11 @@ class Mirror:
                 raise Overtaken(
                     f"another process sends a run to {shown(self.url)}; this one stands in {folder} and stopped"
                 )
-            for name in _in_turn([name for name, inside in folders.entries(folder) if not inside], self.patterns):
+            own = [name for name, inside in folders.entries(folder) if not inside and not (folder / name).is_symlink()]
+            for name in _in_turn(own, self.patterns):
                 file = folder / name
                 about = (file.stat().st_mtime_ns, file.stat().st_size)
-                if self._sent.get(name) != about and not file.is_symlink():
+                if self._sent.get(name) != about:
                     if name == _COMMIT:  # which may arrive though nobody says so
                         self._seen = (now, file.read_bytes())
                     storage.put_file(str(file), f"{root}/{name}")
