@@ -50,9 +50,11 @@ COMMANDS = {
     "reconstruct": Command("maelab.tasks.reconstruct:reconstruct", printing.reconstructed),
     "attention": Command("maelab.tasks.attention:attention", printing.attention),
     "features": Command("maelab.tasks.features:features", printing.features),
-    "similar": Command("maelab.tasks.similar:similar", printing.similar),
-    "map": Command("maelab.tasks.map:map_images", printing.mapped),
-    "odd": Command("maelab.tasks.odd:odd", printing.odd),
+    "similar": Command(
+        "maelab.tasks.similar:similar", printing.similar, begins="maelab similar: looking at the images"
+    ),
+    "map": Command("maelab.tasks.map:map_images", printing.mapped, begins="maelab map: looking at the images"),
+    "odd": Command("maelab.tasks.odd:odd", printing.odd, begins="maelab odd: looking at the images"),
     "sweep": Command("maelab.sweep:sweep", printing.swept, first="recipe"),
     "runs": Command("maelab.cli:runs", printing.runs, output=RunsOutput),
     "report": Command("maelab.report:report", printing.report),
