@@ -32,11 +32,18 @@ def heartbeat(what: str, total: int | None = None, first: float = 2.0) -> Callab
         text = f"maelab: {what}: {done}"
         if total is not None:
             rate = done / (now - begun)
-            left = f", {(total - done) / rate:.0f} s left" if rate else ""
-            text += f" of {total}, {rate:.0f}/s{left}"
+            left = f", {in_words((total - done) / rate)} left" if rate else ""
+            text += f" of {total}, {rate:.{0 if rate >= 10 else 1}f}/s{left}"
         print(text, file=sys.stderr, flush=True)
 
     return beat
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it: '3 h 05 min', '2 min 10 s', '7 s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def say_once(line: str, about: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from maelab import commandline, figures, recipes
 from maelab.config import FinetuneConfig, PretrainConfig, ProbeConfig, RunOptions
 from maelab.errors import MaelabError, RunError, UsageError
-from maelab.progress import heartbeat
+from maelab.progress import heartbeat, in_words
 from maelab.runs import HoldsAnother, is_complete, open_collection, write_json
 from maelab.runs import folder as folders
 from maelab.runs.listing import SWEEP
@@ -24,7 +24,7 @@ from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 from maelab.tasks.probe import probe
 from maelab.training.loop import Interrupted
-from maelab.training.runlog import console, first_process, in_words, part_of, say
+from maelab.training.runlog import console, first_process, part_of, say
 
 MARKER, ENTRIES = SWEEP, frozenset({"complete", "best", "lowest_masked_mse", "cells"})
 _LOST = 10  # times that a cell begins again because its machine is gone

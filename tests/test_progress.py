@@ -34,3 +34,15 @@ def test_long_work_says_how_far_it_is_and_only_the_first_process_does() -> None:
         said = done.stderr.splitlines()
         assert len(said) == lines
         assert not lines or re.fullmatch(r"maelab: counting: \d+ of 40, \d+/s, \d+ s left", said[0])
+
+
+def test_slow_work_has_a_rate_and_long_work_hours(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("maelab.progress.time.monotonic", lambda: now)
+    beat = heartbeat("drawing", 1000)
+    now = 300.0
+    beat(60)
+    assert capsys.readouterr().err == "maelab: drawing: 60 of 1000, 0.2/s, 1 h 18 min left\n"
+    now = 400.0
+    beat(800)
+    assert capsys.readouterr().err == "maelab: drawing: 800 of 1000, 2.0/s, 1 min 40 s left\n"

@@ -17,7 +17,7 @@ from maelab.data.folder import Found
 from maelab.errors import RunError, UsageError
 from maelab.inference import class_probabilities, classification_scores, masked_mse
 from maelab.names import visible
-from maelab.progress import heartbeat, say_once
+from maelab.progress import heartbeat, in_words, say_once
 from maelab.runs import Run, saved_elsewhere
 from maelab.runs.commands import ENCODER
 from maelab.tasks import finetune as finetuning
@@ -26,7 +26,7 @@ from maelab.training.capture import WARM_UP
 from maelab.training.checkpoint import read_spec
 from maelab.training.loop import Interrupted, Task, train
 from maelab.training.parallel import prepare, start_engine
-from maelab.training.runlog import console, in_words, say
+from maelab.training.runlog import console, say
 
 PLAN = "plan.json"
 BEFORE = "before-{}"  # the autoencoder that a fit of more minutes goes on from, by the number of its fit

@@ -22,13 +22,14 @@ from maelab import native
 from maelab.config import BlocksConfig, LoopConfig
 from maelab.data.batches import knows_float64, part_seed, steps_per_epoch
 from maelab.errors import MaelabError, RunError, UsageError
+from maelab.progress import in_words
 from maelab.runs import Run
 from maelab.runs.checkpoints import TRAINING, checkpoints
 from maelab.training.capture import captured
 from maelab.training.checkpoint import ModelSpec, damaged, load_model, portable, read_training
 from maelab.training.optim import build_optimizers, keep_learning_rate, schedule, set_learning_rate
 from maelab.training.parallel import Engine
-from maelab.training.runlog import RunLog, in_words
+from maelab.training.runlog import RunLog
 from maelab.training.trackers import Tracker
 
 SAVE_SECONDS = 600  # between two saves, where an epoch takes longer

@@ -20,6 +20,7 @@ from torch import nn
 import maelab
 from maelab.config import RunOptions
 from maelab.names import visible
+from maelab.progress import in_words
 from maelab.runs import Run, open_run, write_atomically
 from maelab.runs.checkpoints import gone
 from maelab.runs.listing import METRICS
@@ -58,13 +59,6 @@ def say(text: str) -> None:
     """Print a line for people, on stderr; of several processes only the first speaks, and none as part of a whole."""
     if first_process() and not _whole:
         console.print(visible(text), markup=False)
-
-
-def in_words(seconds: float) -> str:
-    """A time as people say it: '3 h 05 min', '2 min 10 s', '7 s'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 @contextmanager
