@@ -15,7 +15,6 @@ from maelab.runs.checkpoints import (
 from maelab.runs.commands import command
 from maelab.runs.ensure import (
     CONFIGS,
-    HoldsAnother,
     Run,
     check_out,
     config_of,
@@ -30,7 +29,7 @@ from maelab.runs.ensure import (
     split_of,
 )
 from maelab.runs.files import as_json, sha256, write_atomically, write_json
-from maelab.runs.folder import figure_of
+from maelab.runs.folder import HoldsAnother, figure_of
 from maelab.runs.listing import (
     as_text,
     find_runs,

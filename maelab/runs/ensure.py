@@ -37,10 +37,6 @@ class Ranks(Protocol):
     def broadcast(self, obj: Any, src: int = 0) -> Any: ...
 
 
-class HoldsAnother(UsageError):
-    """The folder holds another run, or this one complete, and nobody asked to replace it."""
-
-
 @dataclass(frozen=True)
 class Run:
     """A run folder that is open.
@@ -311,7 +307,9 @@ def _claimed(
                 _refuse(folder)
             elif found := _what_differs(folder, present, wanted, environment, overwrite):
                 if not overwrite:
-                    raise HoldsAnother(f"{folder} holds {found}; use --overwrite to replace it, or another --out")
+                    raise folders.HoldsAnother(
+                        f"{folder} holds {found}; use --overwrite to replace it, or another --out"
+                    )
                 _replace(folder, mirror)
             if is_complete(folder):
                 if mirror is not None and unsent:

@@ -124,6 +124,10 @@ def is_empty(folder: Path, patterns: tuple[str, ...]) -> bool:
     return True
 
 
+class HoldsAnother(UsageError):
+    """The folder, or its copy, holds another run, or this one complete, and nobody asked to replace it."""
+
+
 class Busy(UsageError):
     """Another process works in the folder."""
 

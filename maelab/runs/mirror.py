@@ -90,7 +90,7 @@ class Mirror:
         ours = read_json(folder / "config.json")
         if ours and theirs and ours != theirs:
             if not overwrite:
-                raise UsageError(
+                raise folders.HoldsAnother(
                     f"--mirror {shown(self.url)} holds another run than {folder}; use --overwrite to replace it, or"
                     " another URL"
                 )
