@@ -278,18 +278,13 @@ def predictions(
     probabilities = np.asarray(probabilities)
     guesses: list[int] = probabilities.argmax(axis=1).tolist()
     truths = guesses if labels is None else list(map(int, labels))
-    columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = panels(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="compressed")
-    for ax in axes.flat:
-        ax.axis("off")
-    for i, (ax, guess, truth) in enumerate(zip(axes.flat, guesses, truths, strict=False)):
-        title = f"{short(class_names[guess], NAME)} ({probabilities[i, guess]:.0%})"
+    titled: list[tuple[str, Any, str]] = []
+    for image, shares, guess, truth in zip(images, probabilities, guesses, truths, strict=True):
+        title = f"{short(class_names[guess], NAME)} ({shares[guess]:.0%})"
         if guess != truth:
             title += f"\nis {short(class_names[truth], NAME)}"
-        ax.imshow(to_picture(images[i]), interpolation="nearest")
-        ax.set_title(title, fontsize=8, color="black" if guess == truth else "#c44e52")
-    save_figure(figure, file)
+        titled.append((title, image, "black" if guess == truth else "#c44e52"))
+    _grid(file, [titled[first : first + 8] for first in range(0, len(titled), 8)], fontsize=8)
 
 
 def png(name: Path | str, option: str = "--out") -> Path:
@@ -310,15 +305,36 @@ def rows(file: Path, pictures: Sequence[Sequence[tuple[str, Any]]]) -> None:
         file: PNG to write.
         pictures: rows of (title, image (C, H, W) in [-1, 1], or None for an empty place); they may be of any length.
     """
-    columns = max(map(len, pictures))
-    figure, axes = panels(len(pictures), columns, figsize=(1.4 * columns, 1.6 * len(pictures)), layout="compressed")
-    for ax in axes.flat:
-        ax.axis("off")
-    for line, row in zip(axes, pictures, strict=True):
-        for ax, (title, image) in zip(line, row, strict=False):
+    _grid(file, [[(short(title, NAME), image, "black") for title, image in row] for row in pictures], fontsize=7)
+
+
+def _grid(file: Path, pictures: Sequence[Sequence[tuple[str, Any, str]]], fontsize: int) -> None:
+    """Rows of (title, image or None, colour of the title), in one pair of axes whose units are inches: many axes take
+    seconds to lay out."""
+    side, gap, line = 1.4, 0.1, fontsize / 72 * 1.25
+
+    def size(image: Any) -> tuple[float, float]:
+        height, width = (side, side) if image is None else np.shape(image)[1:]
+        return side * height / max(height, width), side * width / max(height, width)
+
+    tall = [max(size(image)[0] for _, image, _ in row) for row in pictures]
+    over = [max(title.count("\n") + 1 for title, _, _ in row) * line + gap for row in pictures]
+    width, bottom = max(map(len, pictures)) * (side + gap) - gap, sum(tall) + sum(over)
+    figure, axes = panels(figsize=(width, bottom))
+    ax = axes[0, 0]
+    ax.set_position((0, 0, 1, 1))
+    ax.axis("off")
+    ends = (0, width), (0, bottom)
+    for row, height, above in zip(pictures, tall, over, strict=True):
+        bottom -= height + above
+        for column, (title, image, colour) in enumerate(row):
+            (high, wide), middle = size(image), column * (side + gap) + side / 2
             if image is not None:
-                ax.imshow(to_picture(image), interpolation="nearest")
-            ax.set_title(short(title, NAME), fontsize=7)
+                place = middle - wide / 2, middle + wide / 2, bottom, bottom + high
+                ax.imshow(to_picture(image), interpolation="nearest", aspect="auto", extent=place)
+            top = bottom + (high + gap / 2 if image is not None else height / 2)
+            ax.text(middle, top, title, fontsize=fontsize, color=colour, ha="center")
+    ax.set(xlim=ends[0], ylim=ends[1])
     save_figure(figure, file)
 
 

@@ -44,7 +44,7 @@ BESIDE = {
         "0.7512 after 1000 + 20 epochs",
         ("transfer-s?", "test", "accuracy"),
         "after 60 + 20",
-        "not measured",
+        "transfer-scratch-s?",
     ),
     "the same from an autoencoder of 10 epochs": (
         "0.829 claimed of validation after 10 + 10",
@@ -103,6 +103,7 @@ CONTROLS = {  # of its table of controls: which classifiers from scratch, from a
     "MNIST, 20 epochs, strong augmentation": ("scratch-mnist-s?", "best-mnist-s?", ""),
     "MNIST, 10% of the labels, 30 epochs": ("mnist-share10-scratch-s?", "mnist-share10-mae-s?", ""),
     "MNIST, 1% of the labels, 100 epochs": ("mnist-share1-scratch-s?", "mnist-share1-mae-s?", ""),
+    "CIFAR-10, 20 epochs": ("transfer-scratch-s?", "transfer-s?", ""),
     "CIFAR-10, 10 epochs": ("augmented-scratch-s?", "augmented-mnist-s?", "augmented-cifar-s?"),
     "CIFAR-10, 10 epochs, no augmentation": ("plain-scratch-s?", "plain-mnist-s?", "plain-cifar-s?"),
     "CIFAR-10, 10% of the labels, 30 epochs": ("share10-scratch-s?", "share10-mnist-s?", "share10-cifar-s?"),

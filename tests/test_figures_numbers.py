@@ -95,8 +95,12 @@ def test_curves_name_their_split_and_mark_the_best_epoch(drawn):
 def test_a_gallery_says_the_guess_its_share_and_the_truth_where_it_is_another(drawn):
     shares = np.array([[0.1, 0.9, 0.0], [0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
     figures.predictions(Path("x"), flat(0, 0.1, 0.2), [1, 0, 0], shares, ["a", "b", "c"])
-    assert [ax.get_title() for ax in drawn[0].axes[:3]] == ["b (90%)", "c (50%)\nis a", "a (60%)"]
-    colours = [ax.title.get_color() for ax in drawn[0].axes[:3]]
+    (ax,) = drawn[0].axes
+    assert [text.get_text() for text in ax.texts] == ["b (90%)", "c (50%)\nis a", "a (60%)"]
+    for text, image in zip(ax.texts, ax.images, strict=True):
+        left, right, bottom, top = image.get_extent()
+        assert text.get_position()[0] == pytest.approx((left + right) / 2) and bottom < top < text.get_position()[1]
+    colours = [text.get_color() for text in ax.texts]
     assert colours[0] == colours[2] == "black" != colours[1]
 
 

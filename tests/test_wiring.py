@@ -59,7 +59,7 @@ def place(cifar_small, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "reconstructions", "predictions", "confusion"):
+    for name in ("curves", "reconstructions", "predictions", "confusion", "rows"):
         patch.setattr(figures, name, lambda *_, **__: None)
 
 
