@@ -34,11 +34,11 @@ JUDGEMENTS = ("masked_mse", "knn_accuracy", "linear_accuracy", "finetune_accurac
 
 
 SHARED = ("data", "seed", "split_seed", "val_fraction", "limit", "img_size", "precision")
-OWN = (*(f"figures/{judgement}.png" for judgement in JUDGEMENTS), MARKER)
-FILES = (
-    *OWN,
+PICTURES = tuple(f"figures/{judgement}.png" for judgement in JUDGEMENTS)
+FILES = (  # the marker is removed last, so that what a killed process left is still known as a sweep
+    *PICTURES,
     *(f"*=*/{task}/{file}" for task in ("pretrain", "probe", "finetune") for file in folders.RUN),
-    folders.LOCK,
+    folders.LOCK, MARKER,
 )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _sweep(
                     out / "figures" / f"{judgement}.png", values, (fields[0], fields[1]), judgement.replace("_", " ")
                 )
     if options.mirror:
-        Mirror(options.mirror, OWN).send(out)
+        Mirror(options.mirror, (*PICTURES, MARKER)).send(out)
     return result
 
 

@@ -163,6 +163,28 @@ def test_a_copy_on_this_machine_keeps_its_lock(tmp_path):
             pass
 
 
+def test_a_run_on_other_images_is_another_run(tmp_path, url):
+    """Though its config is the same, and it is further: what is here stays."""
+    here_, there_ = tmp_path / "here", tmp_path / "there"
+    for folder, images in ((here_, "a"), (there_, "b")):
+        run_with(folder, 1)
+        (folder / "env.json").write_text(json.dumps({"data_md5": {"images": images}}))
+    run_with(there_, 2)
+    Mirror(url).send(there_)
+    before = here(here_)
+    with pytest.raises(HoldsAnother, match="holds another run than"):
+        Mirror(url).fetch(here_)
+    assert here(here_) == before and there(url) == here(there_)
+
+
+def test_a_commit_that_is_no_json_counts_as_none(tmp_path, url):
+    run_with(tmp_path / "run", 1)
+    storage, root = fsspec.core.url_to_fs(url)
+    for text in (b"", b"[" * 100_000, b"[]", b'{"step": "x"}'):
+        storage.pipe_file(f"{root}/checkpoints/commit.json", text)
+        assert Mirror(url).fetch(tmp_path / "run")
+
+
 def test_two_that_send_to_one_place_are_told_apart(tmp_path, url):
     mine, theirs = Mirror(url), Mirror(url)
     for mirror, folder in ((mine, tmp_path / "mine"), (theirs, tmp_path / "theirs")):

@@ -17,15 +17,11 @@ from maelab.runs import checkpoints as saved
 from maelab.runs import folder as folders
 from maelab.runs.checkpoints import COMMIT, Content, checkpoints, gone, settle
 from maelab.runs.files import write_atomically, write_json
-from maelab.runs.mirror import Mirror, Overtaken, as_url
+from maelab.runs.mirror import Mirror, Overtaken, as_url, shown
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "env.json", "result.json"
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "probe": ProbeConfig}
 _SHARED = {field.name for kind in (DataConfig, LoopConfig) for field in dataclasses.fields(kind)}
-INPUTS = {  # of env.json, what a run begins from beside its config -> what to say where it has changed
-    "data_md5": "other images: the data have changed since it began",
-    "init_sha256": "other initial weights: --init has changed since it began",
-}
 
 
 class Ranks(Protocol):
@@ -170,7 +166,7 @@ def check_out(options: RunOptions) -> None:
 def refuse_url(folder: Path) -> None:
     """Refuse a URL as a folder to write into. Raises UsageError."""
     if (url := as_url(folder)) is not None:
-        raise UsageError(f"--out is a folder on this machine; --mirror {url} keeps a copy of a run there")
+        raise UsageError(f"--out is a folder on this machine; --mirror {shown(url)} keeps a copy of a run there")
 
 
 def _refuse(folder: Path) -> None:
@@ -204,7 +200,7 @@ def open_run(
         ranks: the processes.
         task, recipe, config: what to do.
         options: where to keep it.
-        environment: for env.json; of its entries those in `INPUTS` are compared.
+        environment: for env.json; of its entries those in `folder.INPUTS` are compared.
         listing: of the images of a folder (`maelab.data.Dataset.listing`), to say later what has changed.
 
     Raises:
@@ -352,7 +348,7 @@ def _what_differs(
         fields = ", ".join(f"{key} {present.get(key)} instead of {wanted.get(key)}" for key in other[:3])
         return f"{kind} with {fields}{', ...' if other[3:] else ''}"
     before = environment_of(folder)
-    for name, said in INPUTS.items():
+    for name, said in folders.INPUTS.items():
         if before.get(name, environment.get(name)) != environment.get(name):
             return f"{kind} on {said}"
     return kind if overwrite and is_complete(folder) else ""

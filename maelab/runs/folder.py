@@ -31,6 +31,10 @@ RUN = (
     LOCK, "config.json",
 )  # fmt: skip
 KEPT = ("wandb",)
+INPUTS = {  # of env.json, what a run begins from beside its config -> what to say where it has changed
+    "data_md5": "other images: the data have changed since it began",
+    "init_sha256": "other initial weights: --init has changed since it began",
+}
 
 
 def figure_of(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from maelab.errors import RunError, UsageError
 from maelab.files import parse_json, read_json, read_limited
 from maelab.runs.ensure import CONFIG, config_of, is_complete, result_of
-from maelab.runs.mirror import as_url
+from maelab.runs.mirror import as_url, shown
 
 METRICS, SWEEP = "metrics.jsonl", "sweep.json"
 
@@ -99,7 +99,7 @@ def _holding(name: str, folder: str | Path) -> list[Path]:
     """The folders at or under this one that hold a file of that name, those of checkpoints left out."""
     if not Path(folder).is_dir():
         if (url := as_url(folder)) is not None:
-            raise UsageError(f"{url}: many runs are read from a folder on this machine; copy them there")
+            raise UsageError(f"{shown(url)}: many runs are read from a folder on this machine; copy them there")
         raise UsageError(f"there is no folder {folder}")
     found = []
     for place, inside, files in os.walk(folder):

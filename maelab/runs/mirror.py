@@ -8,7 +8,6 @@ leaves the commit before it whole.
 import atexit
 import contextlib
 import functools
-import json
 import os
 import re
 import shutil
@@ -23,13 +22,14 @@ from typing import Any
 from maelab.errors import RunError, UsageError
 from maelab.files import parse_json, read_json
 from maelab.runs import folder as folders
+from maelab.runs.checkpoints import COMMIT, MODEL, TRAINING
 from maelab.runs.files import final_name, temporary, write_temporary
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(/+)(.+)", re.DOTALL)  # one letter is a drive of Windows
-_COMMIT = "checkpoints/commit.json"
+_COMMIT = f"checkpoints/{COMMIT}"
 _FIRST, _LAST = ("config.json", "env.json"), (_COMMIT, "result.json")
 _TRIAL = ".maelab.mirror"  # a file that is written to see whether that is allowed
-_NOT_FOR_READERS = ("training.pt", "metrics.jsonl", folders.LOCK)
+_NOT_FOR_READERS = (TRAINING, "metrics.jsonl")
 
 
 def as_url(place: str | Path) -> str | None:
@@ -86,9 +86,9 @@ class Mirror:
             UsageError, RunError: see `check`; also where another run than the folder's lies there.
         """
         names = self._names()
-        theirs = self._json("config.json") if "config.json" in names else {}
-        ours = read_json(folder / "config.json")
-        if ours and theirs and ours != theirs:
+        theirs, their_env = (self._json(name) if name in names else {} for name in _FIRST)
+        ours, our_env = (read_json(folder / name) for name in _FIRST)
+        if ours and theirs and (ours != theirs or _inputs(our_env) != _inputs(their_env)):
             if not overwrite:
                 raise folders.HoldsAnother(
                     f"--mirror {shown(self.url)} holds another run than {folder}; use --overwrite to replace it, or"
@@ -210,7 +210,7 @@ def fetched(url: str) -> Path:
     Raises:
         UsageError, RunError: see `Mirror.check`; also if nothing is there.
     """
-    mirror = Mirror(url, (*folders.RUN, "model.safetensors"))
+    mirror = Mirror(url, (*folders.RUN, MODEL))
     names = [name for name in mirror._names() if name.split("/")[-1] not in _NOT_FOR_READERS]
     if not names:
         raise UsageError(f"no run or checkpoint at {shown(url)}")
@@ -239,10 +239,15 @@ def _in_turn(names: list[str], patterns: tuple[str, ...]) -> list[str]:
     return sorted(fitting, key=turn)
 
 
+def _inputs(environment: dict[str, Any]) -> list[Any]:
+    """What a run begins from beside its config: with other images it is another run."""
+    return [environment.get(name) for name in folders.INPUTS]
+
+
 def _step(commit: bytes) -> int:
     """The step that a commit.json says, -1 of none or a damaged one."""
     try:
-        step = json.loads(commit).get("step", -1)
+        step = parse_json(commit).get("step", -1)
     except (ValueError, AttributeError):
         return -1
     return step if isinstance(step, int) else -1
