@@ -93,9 +93,28 @@ def test_the_card_of_a_classifier(tmp_path):
     scores = {"val": {"accuracy": 0.98765}, "test": {"accuracy": 0.99123}}
     result = {"data": "mnist", "params": 1, "best_epoch": 5, "epochs": 6, "train_time_s": 60, **scores}
     checkpoint = {"arguments": {"img_size": [28, 28], "in_chans": 1}, "class_names": ("0", "1")}
-    card = pretrained.card("x", config, {}, result, checkpoint, halved=False)
+    card = pretrained.card("x", config, {}, {3: result}, checkpoint, halved=False)
     assert "| accuracy on the test images, read once | 0.9912 |" in card and "epoch 5 of 6" in card
     assert "by split seed 0 | 0.9877 |" in card and "`maelab finetune mnist --init none --seed 3`" in card
+
+
+def test_the_card_says_the_spread_of_other_seeds(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path / "pretrained")
+    others = [Path(shutil.copytree(tiny[0], tmp_path / f"seed-{seed}")) for seed in (1, 2)]
+    config, result = (runs.read_json(tiny[0] / f"{name}.json") for name in ("config", "result"))
+    own = result["val"]["masked_mse"]
+    for seed, (other, more) in enumerate(zip(others, (0.01, 0.05), strict=True), start=1):
+        runs.write_json(other / "config.json", config | {"seed": seed})
+        runs.write_json(other / "result.json", result | {"val": result["val"] | {"masked_mse": own + more}})
+    card = (ship(tiny[0], "three", others) / "README.md").read_text()
+    assert "of seeds 0, 1, 2 |" in card and "Limits: the best on validation of 3 seeds, so its own" in card
+    assert f"| {own:.4f} | {own + 0.02:.4f} ± 0.0265 |" in card
+    assert "Limits: one of 2 seeds. It" in (ship(others[1], "two", others[:1]) / "README.md").read_text()
+    with pytest.raises(UsageError, match="has the same seed"):
+        ship(tiny[0], "again", [tiny[0]])
+    runs.write_json(others[0] / "config.json", config | {"seed": 1, "mask_ratio": 0.3})
+    with pytest.raises(UsageError, match="it differs in mask_ratio"):
+        ship(tiny[0], "again", others)
 
 
 def test_the_card_names_the_run_begun_from_not_where_it_lay(tiny, tmp_path, monkeypatch):
