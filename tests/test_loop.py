@@ -169,6 +169,20 @@ def test_fifty_steps_of_two_processes_equal_those_of_one(digits_folder, maelab, 
             assert all(torch.allclose(state[k], theirs["state"][number][k], rtol=0, atol=2e-5) for k in state)
 
 
+@pytest.mark.dist
+def test_in_16_bits_two_processes_are_near_one(digits_folder, maelab, tmp_path):
+    """Their gradients travel in 16 bits, and arrive in both alike."""
+    line = ("pretrain", "smoke", "--data", f"folder:{digits_folder}", "--limit", 96, "--batch-size", 32, "--threads", 1)
+    line += ("--precision", "bf16", "--device", "cpu", "--epochs", 10, "--knn-every", 0)
+    for n in (1, 2):
+        done = maelab.run(*line, "--devices", n, "--out", n, cwd=tmp_path, first=FORKED_RANKS)
+        assert done.status == 0, done.err
+    one, two = ([r for r in read_metrics(tmp_path / n) if r["split"] == "train"] for n in ("1", "2"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.01)
+    assert [r["loss"] for r in two] != [r["loss"] for r in one]
+    assert one[-1]["loss"] < 0.95 * one[0]["loss"]
+
+
 SHARED = ("--optimizer", "adamw", "--clip-grad", 0.5, "--ema-decay", 0.9, "--accumulate", 2, "--strategy", "fsdp")
 
 

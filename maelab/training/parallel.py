@@ -87,7 +87,10 @@ class Engine:
                 fully_shard(block)
             return _Joined(fully_shard(_Named(model)))
         device_ids = None if self.device.type == "cpu" else [self.device]
-        return _Joined(DistributedDataParallel(_Named(model), device_ids=device_ids, gradient_as_bucket_view=True))
+        ddp = DistributedDataParallel(_Named(model), device_ids=device_ids, gradient_as_bucket_view=True)
+        if self.device.type == "cpu" and self.precision != "fp32":
+            ddp.register_comm_hook(None, _averaged_in_16_bits)
+        return _Joined(ddp)
 
     def apart(self, joined: Any) -> contextlib.AbstractContextManager[Any]:
         """Gradients made inside wait for those of the next part, before they are averaged over the processes."""
@@ -139,6 +142,20 @@ class Engine:
         """Wait for all processes."""
         if self.world_size > 1:
             self.mean(torch.zeros(1, device=self.device)).cpu()
+
+
+def _averaged_in_16_bits(
+    _: Any,
+    bucket: torch.distributed.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[torch.Tensor]:
+    """Average gradients of products in 16 bits in 16 bits too: half as many bytes for the slow way between processes.
+
+    As torch's bf16_compress_hook, which refuses CPUs.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(torch.distributed.get_world_size())
+    work: Any = torch.distributed.all_reduce(sent, async_op=True)
+    return work.get_future().then(lambda averaged: gradients.copy_(averaged.value()[0]))
 
 
 @contextlib.contextmanager
