@@ -154,8 +154,9 @@ def experiments() -> dict[str, dict[str, str]]:
         controls[f"mae-mnist-s{seed}"] = f"pretrain mnist {WIDE} --epochs 10 --seed {seed}"
         for origin in ("scratch", "mnist", "cifar"):
             init = "" if origin == "scratch" else f" --init @mae-{origin}-s{seed}"
+            few = init if origin != "cifar" else " --init @mae-cifar-long"  # one for all seeds: it comes with maelab
             for name, flags in SHARES.items():
-                labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} {seeds}"
+                labels[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{few}{flags} {seeds}"
             for name, flags in AUGMENTATIONS.items():
                 controls[f"{name}-{origin}-s{seed}"] = f"finetune cifar10{init}{flags} --seed {seed}"
         for origin, init in {"scratch": "", "mae": f" --init @bf16-s{seed}-p"}.items():
