@@ -88,7 +88,8 @@ class Engine:
             return _Joined(fully_shard(_Named(model)))
         device_ids = None if self.device.type == "cpu" else [self.device]
         ddp = DistributedDataParallel(_Named(model), device_ids=device_ids, gradient_as_bucket_view=True)
-        if self.device.type == "cpu" and self.precision != "fp32":
+        in_16_bits = torch.tensor(float(self.device.type == "cpu" and self.precision != "fp32"), device=self.device)
+        if self.mean(in_16_bits) == 1:  # everywhere: processors may differ, and messages have to fit
             ddp.register_comm_hook(None, _averaged_in_16_bits)
         return _Joined(ddp)
 
