@@ -8,27 +8,23 @@ runs/results beside those of make.py, and what was stopped goes on where it was.
 """
 
 import json
+import shlex
+import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import torch
+from make import SHARES, WORK
 
 from maelab import recipes
-from maelab.config import RunOptions
 from maelab.data import load
 from maelab.model import VisionTransformer
 from maelab.model.vit import patchify
-from maelab.tasks.finetune import finetune, model_spec
+from maelab.tasks.finetune import model_spec
 from maelab.training.checkpoint import load_model, save_model
 from maelab.weights import PATCH_WEIGHT, load_encoder
 
-WORK = Path(__file__).resolve().parent.parent / "runs" / "results"
 ARMS = ("embedding", "blocks", "blocks-matched", "blocks-1", "blocks-3")
 PATCH_BIAS = "patch_embed.proj.bias"
-FINETUNING = replace(
-    recipes.finetune_cifar10(), label_fraction=0.1, epochs=30, batch_size=128, val_fraction=0.01, keep="last"
-)
 
 
 def scrambled(state: dict[str, torch.Tensor], patches: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
@@ -77,7 +73,7 @@ def origin(arm: str, seed: int) -> str:
     """Where fine-tuning begins from: a model of CIFAR-10's shape with what the arm takes."""
     folder = WORK / f"from-{arm}-s{seed}"
     data = load("cifar10")
-    spec = model_spec(FINETUNING, data)
+    spec = model_spec(recipes.finetune_cifar10(), data)
     model, (source, _) = spec.build(), load_model(WORK / f"mae-mnist-s{seed}")
     assert isinstance(model, VisionTransformer) and isinstance(source, VisionTransformer)
     load_encoder(model, source)
@@ -91,9 +87,10 @@ def origin(arm: str, seed: int) -> str:
 def main() -> None:
     for name in sys.argv[1:] or [f"{arm}-s{seed}" for seed in (0, 1, 2) for arm in ARMS]:
         arm, _, seed = name.rpartition("-s")
-        config = replace(FINETUNING, init=origin(arm, int(seed)), seed=int(seed), split_seed=int(seed))
-        options = RunOptions(out=WORK / f"arm-{name}", threads=1)
-        _, result = finetune(config, options=options, recipe="cifar10")
+        line = f"finetune cifar10{SHARES['share10']} --seed {seed} --split-seed {seed} --threads 1 --json"
+        words = [*shlex.split(line), "--init", origin(arm, int(seed)), "--out", str(WORK / f"arm-{name}")]
+        done = subprocess.run([sys.executable, "-m", "maelab", *words], check=True, stdout=subprocess.PIPE)
+        result = json.loads(done.stdout)
         figures = {"arm": arm, "seed": int(seed), "test": result["test"]["accuracy"], "val": result["val"]["accuracy"]}
         print(json.dumps(figures), flush=True)
 

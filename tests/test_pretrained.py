@@ -110,6 +110,8 @@ def test_the_card_says_the_spread_of_other_seeds(tiny, tmp_path, monkeypatch):
     assert "of seeds 0, 1, 2 |" in card and "Limits: the best on validation of 3 seeds, so its own" in card
     assert f"| {own:.4f} | {own + 0.02:.4f} ± 0.0265 |" in card
     assert "Limits: one of 2 seeds. It" in (ship(others[1], "two", others[:1]) / "README.md").read_text()
+    with pytest.raises(UsageError, match="it is unfinished"):
+        ship(tiny[0], "again", [tmp_path])
     with pytest.raises(UsageError, match="has the same seed"):
         ship(tiny[0], "again", [tiny[0]])
     runs.write_json(others[0] / "config.json", config | {"seed": 1, "mask_ratio": 0.3})

@@ -58,7 +58,8 @@ def ship(run: str | Path, name: str, others: Sequence[str | Path] = (), root: Pa
             k for k in config.keys() | theirs.keys() if config.get(k) != theirs.get(k) and k not in _MAY_DIFFER
         )
         if not came_to or differ or theirs["seed"] in seeds:
-            why = f"differs in {', '.join(differ)}" if differ else "has the same seed" if came_to else "is unfinished"
+            why = f"differs in {', '.join(differ)}" if differ else "has the same seed"
+            why = why if came_to else "is unfinished"
             raise UsageError(f"{other} is not the same as {run} by another seed: it {why}")
         seeds[theirs["seed"]] = came_to
     best = runs.find_checkpoint(run)
@@ -119,7 +120,9 @@ def card(
         values = [of.get(part, {}).get(key) for of in seeds.values()]
         if values[0] is not None:
             rows.append(f"| {text} | {values[0]:.4f} |")
-            if len(seeds) > 1:
+            if None in values:
+                rows[-1] += " - |"
+            elif len(seeds) > 1:
                 rows[-1] += f" {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} |"
     if len(seeds) > 1:
         spread = f"mean ± standard deviation of seeds {', '.join(map(str, sorted(seeds)))}"
