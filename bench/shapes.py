@@ -33,9 +33,9 @@ CASES: dict[str, PretrainConfig | FinetuneConfig] = {
 
 def measure(config: PretrainConfig | FinetuneConfig) -> dict[str, float]:
     """Images per second of each contestant, by name."""
-    data = bench._noise_images(config, "cpu")
-    steps = {"maelab": bench._our_step(config, data, "cpu")}
-    steps["torch alone"] = bench._our_step(config, data, "cpu", kernels="torch")
+    data = bench.noise_images(config, "cpu")
+    steps = {"maelab": bench.our_step(config, data, "cpu")}
+    steps["torch alone"] = bench.our_step(config, data, "cpu", kernels="torch")
     steps["Hugging Face"] = bench._peer_step(config, data, "cpu", bf16=False)
     times: dict[str, list[float]] = {who: [] for who in steps}
     for turn in range(TURNS + 1):

@@ -74,7 +74,7 @@ def _shape(config: PretrainConfig | FinetuneConfig) -> tuple[int, int, int]:
     return (3, 32, 32) if config.data == "cifar10" else (1, 28, 28)
 
 
-def _noise_images(config: PretrainConfig | FinetuneConfig, device: str) -> ImageSet:
+def noise_images(config: PretrainConfig | FinetuneConfig, device: str) -> ImageSet:
     """Random pixels of the data set's shape: what they show does not change the speed."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES, *_shape(config)), dtype=torch.uint8, generator=generator)
@@ -89,7 +89,7 @@ def _batch(config: PretrainConfig | FinetuneConfig, data: ImageSet, step: int) -
     return augment(data.images, index, config, step_generator(config.seed, step)), labels
 
 
-def _our_step(
+def our_step(
     config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, kernels: Literal["auto", "torch"] = "auto"
 ) -> Step:
     dataset = Dataset("bench", data, data, tuple(map(str, range(CLASSES))), {}, ())
@@ -282,9 +282,9 @@ def _steps(name: str, device: str) -> dict[str, Callable[[], Step]]:
     if name in SERVING:
         return {who: lambda who=who: _serving_step(who, SERVING[name]) for who in SERVERS}
     config = cases()[name]
-    data = _noise_images(config, device)
+    data = noise_images(config, device)
     return {
-        "maelab": lambda: _our_step(config, data, device),
+        "maelab": lambda: our_step(config, data, device),
         "peer_fp32": lambda: _peer_step(config, data, device, bf16=False),
         "peer_bf16": lambda: _peer_step(config, data, device, bf16=True),
         "floor": lambda: _floor_step(config, data, device),
