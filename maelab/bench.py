@@ -92,6 +92,14 @@ def _batch(config: PretrainConfig | FinetuneConfig, data: ImageSet, step: int) -
 def our_step(
     config: PretrainConfig | FinetuneConfig, data: ImageSet, device: str, kernels: Literal["auto", "torch"] = "auto"
 ) -> Step:
+    """Whole training steps of maelab, forward, backward and update; each call does the one of its number.
+
+    Args:
+        config: of the training; its data set says the shape of the images.
+        data: images uint8 (N, C, H, W) with labels, such as `noise_images`.
+        device: where to compute.
+        kernels: 'torch' does without the native kernels.
+    """
     dataset = Dataset("bench", data, data, tuple(map(str, range(CLASSES))), {}, ())
     if isinstance(config, PretrainConfig):
         model = pretrain.model_spec(config, dataset).build()
