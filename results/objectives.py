@@ -34,7 +34,7 @@ from maelab.tasks.pretrain import pretrain
 
 OUTCOMES = Path(__file__).parent / "objectives.json"
 SEEDS = (0, 1, 2)
-VAL_FRACTION, BINS, TURNS, STEPS = 0.1, 9, 9, 4
+VAL_FRACTION, BINS, TEMPERATURE, TURNS, STEPS = 0.1, 9, 0.2, 9, 4
 PASSES = 2  # of the recipe over the images
 IMAGES = {"mnist": 54_000, "cifar10": 45_000}  # without those for validation
 FEW: dict[str, dict[str, Any]] = {  # labels, and how long to learn from them
@@ -52,6 +52,8 @@ class Objective:
     target: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # images and patch size -> (B, L, n)
     decoded: float = 1.0  # share of the hidden patches that are decoded
     visible: float = 0.0  # weight of the visible patches' loss, where the hidden ones have 1
+    views: int = 0  # of each image, varied anew; 0 takes the recipe's
+    contrast: float = 0.0  # weight of telling images apart by two views
 
 
 def tiles(side: int) -> Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]:
@@ -86,6 +88,45 @@ def oriented_gradients(imgs: torch.Tensor, p: int) -> torch.Tensor:
     return F.normalize(cells, dim=2).flatten(1, 2).flatten(2).mT
 
 
+def view(imgs: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) varied anew: cut to 30 to 100 % of their area; coloured ones mirrored, brighter or darker,
+    with more or less contrast and colour, a fifth of them grey; others turned by up to 15 degrees."""
+    B, C = imgs.shape[:2]
+    low, coloured = torch.tensor([0.3, -1, -1, -1, 0.6, 0.6, 0.0, 0.0]), C == 3
+    high = torch.tensor([1.0, 1, 1, 1, 1.4, 1.4, 1.4, 1.0])
+    area, right, down, turn, brightness, contrast, colour, fifth = (low + (high - low) * torch.rand(B, 8)).T
+    side = area.sqrt()
+    across = side * turn.sign() if coloured else side
+    angle = torch.zeros(B) if coloured else turn * torch.pi / 12
+    theta = torch.stack([
+        across * angle.cos(), -side * angle.sin(), right * (1 - side),
+        across * angle.sin(), side * angle.cos(), down * (1 - side),
+    ], 1).view(B, 2, 3)  # fmt: skip
+    grid = F.affine_grid(theta.to(imgs), list(imgs.shape), align_corners=False)
+    imgs = F.grid_sample(imgs, grid, padding_mode="border", align_corners=False)
+    if not coloured:
+        return imgs
+    brightness, contrast, colour = (
+        v.view(B, 1, 1, 1).to(imgs) for v in (brightness, contrast, torch.where(fifth < 0.2, 0.0, colour))
+    )
+    imgs = (imgs + 1) * brightness - 1
+    mean = imgs.mean((1, 2, 3), keepdim=True)
+    imgs = mean + contrast * (imgs - mean)
+    grey = imgs.mean(1, keepdim=True)
+    return (grey + colour * (imgs - grey)).clamp(-1, 1)
+
+
+def told_apart(x: torch.Tensor) -> torch.Tensor:
+    """How badly each image is found by its other view among the batch's: InfoNCE (van den Oord et al. 2018) both ways.
+
+    x: (2 * B, D), the first views of B images and then the second ones.
+    """
+    one, other = F.normalize(x.float(), dim=1).chunk(2)
+    logits = one @ other.T / TEMPERATURE
+    right = torch.arange(len(logits), device=x.device)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
 OBJECTIVES = {
     "mnist": {"normalised pixels": Objective({"norm_pix_loss": True})},
     "cifar10": {"pixels as they are": Objective({"norm_pix_loss": False})},
@@ -101,6 +142,9 @@ for _own in OBJECTIVES.values():
         "half of the hidden decoded": Objective(decoded=0.5),
         "visible patches compared at 0.1": Objective(visible=0.1),
         "oriented gradients": Objective(target=oriented_gradients),
+        "stronger views": Objective(views=1),
+        "two views, told apart at 0.1": Objective(views=2, contrast=0.1),
+        "two views, told apart at 1": Objective(views=2, contrast=1.0),
     }
 SCRATCH = "no pretraining, as much more fine-tuning"
 
@@ -112,11 +156,15 @@ def loss_of(objective: Objective) -> Callable[..., torch.Tensor]:
         self: MaskedAutoencoderViT, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        if objective.views:
+            imgs = torch.cat([view(imgs) for _ in range(objective.views)])
+            noise = torch.cat([noise, torch.rand(len(imgs) - len(noise), self.num_patches, device=imgs.device)])
         ids, keep = self._ids(
             imgs, mask_ratio, noise if not objective.hide else objective.hide(noise, self.grid_size), None
         )
         patches = self.to_patches(imgs)  # (B, L, p * p * C)
         x = self.decoder_embed(self.encode(patches, ids[:, :keep]))
+        apart = objective.contrast * told_apart(x.mean(1)) if objective.contrast else 0.0
         hidden = round(objective.decoded * (self.num_patches - keep))
         ids = ids[:, : keep + hidden]  # those that are decoded, the visible ones first
         x = torch.cat([x, self.mask_token.expand(len(x), hidden, -1).to(x.dtype)], dim=1)
@@ -133,7 +181,7 @@ def loss_of(objective: Objective) -> Callable[..., torch.Tensor]:
             weight = torch.full_like(losses[0], objective.visible)
             weight[keep:] = 1
             losses = losses * weight / weight.mean()
-        return losses.mean()
+        return losses.mean() + apart
 
     return training_loss
 
@@ -167,13 +215,14 @@ def finetuning(data: str, init: str, seed: int, more: float = 1.0) -> FinetuneCo
     )  # fmt: skip
 
 
-def measure(data: str) -> dict[str, float]:
-    """Seconds an image takes of a core by each objective, and in fine-tuning: the recipe's, times the median over turns
-    of the ratio to the recipe's steps just before and after."""
+def measure(data: str, *names: str) -> dict[str, float]:
+    """Seconds an image takes of a core by each objective, and in fine-tuning, or by those named: the recipe's, times
+    the median over turns of the ratio to the recipe's steps just before and after."""
     recipe = pretraining(data, OBJECTIVES[data]["recipe"], IMAGES[data])
     noise, few = bench.noise_images(recipe, "cpu"), finetuning(data, "none", 0)
     steps = {name: (each, replace(recipe, **each.changes)) for name, each in OBJECTIVES[data].items()}
     steps |= {SCRATCH: (Objective(), few)}
+    steps = {name: steps[name] for name in {"recipe": None} | dict.fromkeys(names or steps)}
     ready = {name: (each, bench.our_step(config, noise, "cpu"), config) for name, (each, config) in steps.items()}
 
     def seconds(name: str) -> float:
@@ -215,9 +264,10 @@ def train(data: str, name: str, seed: int) -> None:
 
 
 def run_all(jobs: int = 2) -> None:
-    todo = [(data, name, seed) for seed in SEEDS for data in OBJECTIVES for name in [*OBJECTIVES[data], SCRATCH]]
     outcomes = json.loads(OUTCOMES.read_text())
     known = outcomes.setdefault("accuracy", {})
+    every = ((data, name, seed) for seed in SEEDS for data in OBJECTIVES for name in [*OBJECTIVES[data], SCRATCH])
+    todo = [task for task in every if str(task[2]) not in known.get(task[0], {}).get(task[1], {})]
 
     def one(task: tuple[str, str, int]) -> None:
         data, name, seed = task
@@ -251,10 +301,16 @@ def table(data: str) -> str:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["time"]:
+        case ["time", *names]:
             torch.set_num_threads(1)
             outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
-            outcomes["seconds"] = {data: measure(data) for data in OBJECTIVES}
+            before = outcomes.setdefault("seconds", {})
+            for data in OBJECTIVES:
+                seconds = measure(data, *names)
+                if names:  # those that were measured before stay as they are
+                    base = before[data]["recipe"] / seconds["recipe"]
+                    seconds = before[data] | {name: base * seconds[name] for name in names}
+                before[data] = seconds
             OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n")
         case ["one", data, name, seed]:
             train(data, name, int(seed))
