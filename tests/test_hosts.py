@@ -98,13 +98,22 @@ def test_a_machine_that_dies_ends_the_run_on_the_other_with_one_line(digits_fold
     assert "Traceback" not in said and said.splitlines()[-1].startswith("maelab: lost another process of the run"), said
 
 
-def test_a_folder_that_the_machines_do_not_share_is_refused(digits_folder, hosts, tmp_path):
+def test_only_the_first_machine_needs_the_run_folder_and_a_copy_replaces_it(digits_folder, hosts, tmp_path):
     folders = tmp_path / "0", tmp_path / "1"
     for folder in folders:
         folder.mkdir()
-    assert [run.wait(60) for run in on_both(hosts, folders, PORT + 2, training(digits_folder))] == [1, 1]
-    assert "process 1 does not see run as process 0 does" in (folders[1] / "said-1").read_text()
-    assert "lost another process of the run" in (folders[0] / "said-0").read_text()
+    words = training(digits_folder, "--optimizer", "muon", "--epochs", 40)
+    mirrored = [*words, "--mirror", f"file://{tmp_path}/copy"]
+    first, second = on_both(hosts, folders, PORT + 2, mirrored)
+    wait_for(lambda: len(losses(folders[0] / "run")) > 2, first)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130 and second.wait(60) == 130
+    shutil.rmtree(folders[0] / "run")
+    assert [run.wait(300) for run in on_both(hosts, folders, PORT + 3, mirrored)] == [0, 0]
+    assert "going on from step" in (folders[0] / "said-0").read_text()
+    assert start(None, tmp_path, *words, "--out", "one").wait(300) == 0
+    assert losses(folders[0] / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert not (folders[1] / "run").exists()
 
 
 def test_torchrun_starts_again_where_the_last_checkpoint_stands(digits_folder, tmp_path):

@@ -155,6 +155,14 @@ def test_of_a_run_here_and_its_copy_the_further_one_counts(tmp_path, url):
     assert not Mirror(url).fetch(ahead)
 
 
+def test_a_disk_of_the_network_gets_its_folders(tmp_path):
+    run_with(tmp_path / "run", 1)
+    mirror = Mirror((tmp_path / "far" / "away").as_uri())
+    mirror.check()
+    mirror.send(tmp_path / "run")
+    assert here(tmp_path / "far" / "away") == here(tmp_path / "run")
+
+
 def test_a_copy_on_this_machine_keeps_its_lock(tmp_path):
     """file:// may lead to a folder in which maelab works."""
     with folders.locked(tmp_path / "at-work"):

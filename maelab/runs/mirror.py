@@ -26,6 +26,7 @@ from maelab.runs.checkpoints import COMMIT, MODEL, TRAINING
 from maelab.runs.files import final_name, temporary, write_temporary
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(/+)(.+)", re.DOTALL)  # one letter is a drive of Windows
+_DISK = ("file:", "local:")
 _COMMIT = f"checkpoints/{COMMIT}"
 _FIRST, _LAST = ("config.json", "env.json"), (_COMMIT, "result.json")
 _TRIAL = ".maelab.mirror"  # a file that is written to see whether that is allowed
@@ -37,7 +38,7 @@ def as_url(place: str | Path) -> str | None:
     found = _URL.fullmatch(str(place))
     if found is None:
         return None
-    slashes = "///" if found[1] in ("file", "local") else "//"
+    slashes = "///" if str(place).startswith(_DISK) else "//"
     return f"{found[1]}:{slashes}{found[3].rstrip('/')}"
 
 
@@ -188,7 +189,8 @@ class Mirror:
         if "::" in self.url:
             raise UsageError(f"{shown(self.url)}: one storage at a time, please, without ::")
         try:
-            storage, root = fsspec.core.url_to_fs(self.url)
+            folders_too = {"auto_mkdir": True} if self.url.startswith(_DISK) else {}  # such as a disk of the network
+            storage, root = fsspec.core.url_to_fs(self.url, **folders_too)
         except (ImportError, ValueError) as error:
             raise UsageError(f"{shown(self.url)}: {_line(error)}") from error
         try:

@@ -159,7 +159,7 @@ def train(engine: Engine, run: Run, task: Task, config: LoopConfig, tracker: Tra
         )
     position: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "sums": {}, "rows": ""}
     position |= {"best_epoch": 0, "best": {}, "train": {}}
-    saved = read_training(resumed_from) if resumed_from.exists() else None
+    saved = engine.first(lambda: read_training(resumed_from) if resumed_from.exists() else None)
 
     def load(part: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         like = part.state_dict()
@@ -178,11 +178,6 @@ def train(engine: Engine, run: Run, task: Task, config: LoopConfig, tracker: Tra
                 load(average, saved["average"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(resumed_from, error) from error
-    if engine.broadcast(position["step"]) != position["step"] or not folder.is_dir():
-        raise RunError(
-            f"process {engine.global_rank} does not see {folder} as process 0 does: --out must lie on storage that all"
-            " machines share"
-        )
     capture = engine.captures and config.accumulate == 1
     keep_learning_rate(optimizers, engine.device if capture else None)
     models = (model, average) if task.step.teacher else (model,)
@@ -340,7 +335,7 @@ def train(engine: Engine, run: Run, task: Task, config: LoopConfig, tracker: Tra
                     )
     finally:
         log.close()
-    task.model.load_state_dict(load_model(folder)[0].state_dict())
+    task.model.load_state_dict(engine.first(lambda: load_model(folder)[0].state_dict()))
     return Outcome(
         epochs=position["step"] // per_epoch,
         best_epoch=position["best_epoch"],

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from maelab import native
 from maelab.config import ComputeOptions, RunOptions
-from maelab.errors import UsageError
+from maelab.errors import MaelabError, UsageError
 from maelab.model.vit import Attention, Block
 from maelab.training import blocks
 
@@ -138,6 +138,23 @@ class Engine:
         box = [obj]
         torch.distributed.broadcast_object_list(box, src, device=self.device)
         return box[0]
+
+    def first(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns in the first process, in every process; only there does anything have to lie on a disk.
+
+        Raises:
+            MaelabError: what `read` raises there, in every process.
+        """
+        found = error = None
+        if self.is_global_zero:
+            try:
+                found = read()
+            except MaelabError as problem:
+                error = problem
+        found, error = self.broadcast((found, error))
+        if error is not None:
+            raise error
+        return found
 
     def barrier(self) -> None:
         """Wait for all processes."""
