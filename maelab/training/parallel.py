@@ -136,7 +136,8 @@ class Engine:
         if self.world_size == 1:
             return obj
         box = [obj]
-        torch.distributed.broadcast_object_list(box, src, device=self.device)
+        cpu = torch.device("cpu")  # a device may have no room for a whole training state beside the model
+        torch.distributed.broadcast_object_list(box, src, device=cpu)
         return box[0]
 
     def first(self, read: Callable[[], Any]) -> Any:
@@ -293,7 +294,7 @@ def _meet(device: torch.device, world_size: int) -> None:
         store, _, _ = next(rendezvous(os.environ.get(MEETING, "env://"), rank, size, timeout=_PATIENCE))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may still know processes that died
         torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore(f"attempt-{attempt}", store),
             rank=rank,
             world_size=size,
