@@ -288,8 +288,8 @@ def run_all(jobs: int = 2) -> None:
 
 
 def table() -> str:
-    """Markdown: the time an image takes, and how many points of accuracy each gains over the recipe with the same images
-    and labels, mean ± standard deviation (seeds); of the recipe its accuracy."""
+    """Markdown: the time an image takes, and how many points of accuracy each objective gains over the recipe with the
+    same images and labels, mean ± standard deviation (seeds); of the recipe its accuracy."""
     outcomes = json.loads(OUTCOMES.read_text())
     heads = [f"{data}: {what}" for data in OBJECTIVES for what in ("time an image", "points")]
     lines = ["| objective | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
