@@ -1,7 +1,7 @@
 """Which pretraining objective is best for a minute of a core: each gets the same wall time, then the same fine-tuning.
 
-    python results/objectives.py time          # what a step of each takes beside the recipe's, in turns
-    python results/objectives.py run           # all of it, two at a time, each on one thread
+    python results/objectives.py time          # what a step of each takes beside the recipe's, in turns; time NAME ...
+    python results/objectives.py run           # all of it, two at a time, each on one thread; run cifar10
     python results/objectives.py table         # results/objectives.json as a table
 
 An objective differs from the recipe of the data set in one thing. It sees as many images as take as long as the
@@ -142,6 +142,8 @@ for _own in OBJECTIVES.values():
         **{f"decoder of {depth}": Objective({"decoder_depth": depth}) for depth in (1, 4)},
         "half of the hidden decoded": Objective(decoded=0.5),
         "visible patches compared at 0.1": Objective(visible=0.1),
+        "decoder of 1, 90% hidden": Objective({"decoder_depth": 1, "mask_ratio": 0.9}),
+        "decoder of 1, visible patches compared at 0.1": Objective({"decoder_depth": 1}, visible=0.1),
         "oriented gradients": Objective(target=oriented_gradients),
         "stronger views": Objective(views=1),
         "two views, told apart at 0.1": Objective(views=2, contrast=0.1),
@@ -264,14 +266,15 @@ def train(data: str, name: str, seed: int) -> None:
     print(json.dumps({"data": data, "objective": name, "seed": seed, "accuracy": result["val"]["accuracy"]}))
 
 
-def run_all(jobs: int = 2) -> None:
-    """What is not known yet, one seed after the other; who is far behind with the first gets no other."""
+def run_all(*sets: str, jobs: int = 2) -> None:
+    """What is not known yet of these data sets, one seed after the other; who is far behind with the first gets no
+    other."""
     outcomes = json.loads(OUTCOMES.read_text())
     known: dict[str, dict[str, dict[str, float]]] = outcomes.setdefault("accuracy", {})
 
     def wanted(data: str, name: str, seed: int) -> bool:
         of = known.setdefault(data, {}).setdefault(name, {})
-        behind = seed > SEEDS[0] and known[data]["recipe"]["0"] - of["0"] > FAR
+        behind = seed > SEEDS[0] and known[data]["recipe"]["0"] - of.get("0", 0) > FAR
         return str(seed) not in of and not behind
 
     def one(task: tuple[str, str, int]) -> None:
@@ -282,7 +285,7 @@ def run_all(jobs: int = 2) -> None:
         OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n")
 
     for seed in SEEDS:
-        every = [(data, name, seed) for data in OBJECTIVES for name in [*OBJECTIVES[data], SCRATCH]]
+        every = [(data, name, seed) for data in sets for name in [*OBJECTIVES[data], SCRATCH]]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(one, [task for task in every if wanted(*task)]))
 
@@ -323,8 +326,8 @@ def main() -> None:
             OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n")
         case ["one", data, name, seed]:
             train(data, name, int(seed))
-        case ["run"]:
-            run_all()
+        case ["run", *sets]:
+            run_all(*(sets or OBJECTIVES))
         case ["table"]:
             print(table())
         case _:
