@@ -300,8 +300,9 @@ def table() -> str:
         cells = []
         for data in OBJECTIVES:
             seconds, accuracy = outcomes["seconds"][data], outcomes["accuracy"][data]
-            values = accuracy.get(name, {})
-            gains = [100 * (value - accuracy["recipe"][seed]) for seed, value in values.items()]
+            recipe = accuracy["recipe"]
+            values = {seed: value for seed, value in accuracy.get(name, {}).items() if seed in recipe}
+            gains = [100 * (value - recipe[seed]) for seed, value in values.items()]
             shown = f"{statistics.mean(gains):+.1f}" if gains else "-"
             shown += f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
             shown = ", ".join(f"{value:.4f}" for value in values.values()) if name == "recipe" else shown
