@@ -4,7 +4,7 @@
     python results/objectives.py run           # all of it, two at a time, each on one thread; run cifar10
     python results/objectives.py table         # results/objectives.json as a table
 
-An objective differs from the recipe of the data set in one thing. It sees as many images as take as long as the
+An objective differs from the recipe of the data set in one thing, or two. It sees as many images as take as long as the
 recipe's do; its encoder then learns from few labels, those of the seed, and validation images judge it. Runs lie in
 runs/results; what was stopped goes on where it was.
 """
@@ -27,8 +27,10 @@ from make import WORK
 
 from maelab import bench, recipes
 from maelab.config import FinetuneConfig, PretrainConfig, RunOptions
+from maelab.files import read_json
 from maelab.model import MaskedAutoencoderViT
 from maelab.model.vit import take_tokens
+from maelab.runs import write_json
 from maelab.tasks.finetune import finetune
 from maelab.tasks.pretrain import pretrain
 
@@ -162,9 +164,8 @@ def loss_of(objective: Objective) -> Callable[..., torch.Tensor]:
         if objective.views:
             imgs = torch.cat([view(imgs) for _ in range(objective.views)])
             noise = torch.cat([noise, torch.rand(len(imgs) - len(noise), self.num_patches, device=imgs.device)])
-        ids, keep = self._ids(
-            imgs, mask_ratio, noise if not objective.hide else objective.hide(noise, self.grid_size), None
-        )
+        noise = objective.hide(noise, self.grid_size) if objective.hide else noise
+        ids, keep = self._ids(imgs, mask_ratio, noise, None)
         patches = self.to_patches(imgs)  # (B, L, p * p * C)
         x = self.decoder_embed(self.encode(patches, ids[:, :keep]))
         apart = objective.contrast * told_apart(x.mean(1)) if objective.contrast else 0.0
@@ -249,7 +250,7 @@ def measure(data: str, *names: str) -> dict[str, float]:
 
 def train(data: str, name: str, seed: int) -> None:
     """Pretrain and fine-tune, or go on with it."""
-    seconds = json.loads(OUTCOMES.read_text())["seconds"][data]
+    seconds = read_json(OUTCOMES)["seconds"][data]
     folder = WORK / "objectives" / data / name.replace(" ", "-").replace("%", "") / f"s{seed}"
     budget = PASSES * IMAGES[data] * seconds["recipe"]  # seconds
     if name == SCRATCH:
@@ -269,7 +270,7 @@ def train(data: str, name: str, seed: int) -> None:
 def run_all(*sets: str, jobs: int = 2) -> None:
     """What is not known yet of these data sets, one seed after the other; who is far behind with the first gets no
     other."""
-    outcomes = json.loads(OUTCOMES.read_text())
+    outcomes = read_json(OUTCOMES)
     known: dict[str, dict[str, dict[str, float]]] = outcomes.setdefault("accuracy", {})
 
     def wanted(data: str, name: str, seed: int) -> bool:
@@ -277,23 +278,24 @@ def run_all(*sets: str, jobs: int = 2) -> None:
         behind = seed > SEEDS[0] and known[data]["recipe"]["0"] - of.get("0", 0) > FAR
         return str(seed) not in of and not behind
 
-    def one(task: tuple[str, str, int]) -> None:
-        data, name, seed = task
-        words = [sys.executable, __file__, "one", data, name, str(seed)]
+    def accuracy(task: tuple[str, str, int]) -> float:
+        words = [sys.executable, __file__, "one", *map(str, task)]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        known[data][name][str(seed)] = json.loads(done.stdout.splitlines()[-1])["accuracy"]
-        OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n")
+        return json.loads(done.stdout.splitlines()[-1])["accuracy"]
 
     for seed in SEEDS:
         every = [(data, name, seed) for data in sets for name in [*OBJECTIVES[data], SCRATCH]]
+        todo = [task for task in every if wanted(*task)]
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, [task for task in every if wanted(*task)]))
+            for (data, name, _), reached in zip(todo, pool.map(accuracy, todo), strict=True):
+                known[data][name][str(seed)] = reached
+                write_json(OUTCOMES, outcomes)
 
 
 def table() -> str:
     """Markdown: the time an image takes, and how many points of accuracy each objective gains over the recipe with the
     same images and labels, mean ± standard deviation (seeds); of the recipe its accuracy."""
-    outcomes = json.loads(OUTCOMES.read_text())
+    outcomes = read_json(OUTCOMES)
     heads = [f"{data}: {what}" for data in OBJECTIVES for what in ("time an image", "points")]
     lines = ["| objective | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name in [*dict.fromkeys(name for data in OBJECTIVES for name in [*OBJECTIVES[data], SCRATCH])]:
@@ -316,7 +318,7 @@ def main() -> None:
     match sys.argv[1:]:
         case ["time", *names]:
             torch.set_num_threads(1)
-            outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+            outcomes = read_json(OUTCOMES)
             before = outcomes.setdefault("seconds", {})
             for data in OBJECTIVES:
                 seconds = measure(data, *names)
@@ -324,7 +326,7 @@ def main() -> None:
                     base = before[data]["recipe"] / seconds["recipe"]
                     seconds = before[data] | {name: base * seconds[name] for name in names}
                 before[data] = seconds
-            OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n")
+            write_json(OUTCOMES, outcomes)
         case ["one", data, name, seed]:
             train(data, name, int(seed))
         case ["run", *sets]:

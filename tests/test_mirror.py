@@ -157,10 +157,12 @@ def test_of_a_run_here_and_its_copy_the_further_one_counts(tmp_path, url):
 
 def test_a_disk_of_the_network_gets_its_folders(tmp_path):
     run_with(tmp_path / "run", 1)
-    mirror = Mirror((tmp_path / "far" / "away").as_uri())
-    mirror.check()
-    mirror.send(tmp_path / "run")
-    assert here(tmp_path / "far" / "away") == here(tmp_path / "run")
+    for number, slashes in enumerate(("/", "//", "///")):  # all of them mean the place that a reader finds
+        far = tmp_path / str(number) / "away"
+        mirror = Mirror(f"file:{slashes}{str(far).lstrip('/')}")
+        mirror.check()
+        mirror.send(tmp_path / "run")
+        assert here(far) == here(tmp_path / "run")
 
 
 def test_a_copy_on_this_machine_keeps_its_lock(tmp_path):

@@ -184,13 +184,14 @@ class Mirror:
         """fsspec's file system, and the path of the folder in it; whatever goes wrong there is said in one line."""
         import fsspec  # its file systems take up to a second
 
-        if as_url(self.url) is None:
+        url = as_url(self.url)  # as readers of it understand it: file://backup is /backup, and no folder here
+        if url is None:
             raise UsageError(f"{self.url} is no URL; write one such as s3://bucket/run")
-        if "::" in self.url:
+        if "::" in url:
             raise UsageError(f"{shown(self.url)}: one storage at a time, please, without ::")
         try:
-            folders_too = {"auto_mkdir": True} if self.url.startswith(_DISK) else {}  # such as a disk of the network
-            storage, root = fsspec.core.url_to_fs(self.url, **folders_too)
+            folders_too = {"auto_mkdir": True} if url.startswith(_DISK) else {}  # such as a disk of the network
+            storage, root = fsspec.core.url_to_fs(url, **folders_too)
         except (ImportError, ValueError) as error:
             raise UsageError(f"{shown(self.url)}: {_line(error)}") from error
         try:

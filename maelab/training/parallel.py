@@ -125,7 +125,7 @@ class Engine:
         """Give every process the tensors of each: the first list holds those of process 0, and so on."""
         mine = self.global_rank
         others = [peer for peer in range(self.world_size) if peer != mine]
-        # Each straight from place to place, both ways at once: half the time of packed broadcasts in turn.
+        # Each straight from place to place, both ways at once: nothing is packed.
         ways = [P2POp(isend, t.detach(), peer) for peer in others for t in shares[mine]]
         ways += [P2POp(irecv, t.detach(), peer) for peer in others for t in shares[peer]]
         for way in batch_isend_irecv(ways) if ways else ():
